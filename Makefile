@@ -1,0 +1,44 @@
+# The front door. `make demo` shows the main job; `make test` runs every test. Both install what is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test bench lint docs deps deps-test build check-tree
+help:
+	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
+	@echo "make test    every test, lint and judge (what CI runs)"
+	@echo "make bench   the figures, as ratios against a baseline of the same run"
+	@echo "make lint    formatting, clippy, documentation, dependency arrows"
+
+# What the demo needs beside Rust and a C compiler; installed with apt-get (and sudo when not root) if missing.
+deps:
+	@deploy/install-packages nft:nftables ip:iproute2 cmake:cmake
+
+# What the tests need on top: real third-party programs to judge us, and one pinned Python environment.
+deps-test: deps
+	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl \
+		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go setpriv:util-linux python3:python3
+	@tests/judges/install
+
+build:
+	cargo build --locked --release --bin meshd --bin meshctl
+
+demo: deps build
+	target/release/meshctl demo
+
+test: deps-test
+	@tests/run
+
+lint: check-tree
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets --features failpoints -- -D warnings
+
+docs:
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
+
+# The arrows between our crates, and that `core` and `ca` stay pure.
+check-tree:
+	@tests/check-tree
+
+bench: deps-test
+	tests/bench/run
