@@ -1,0 +1,3 @@
+//! The product as its users run it: real processes, real TUN devices, real third-party programs.
+
+mod mesh;
