@@ -1,1 +1,60 @@
-//! (see docs/architecture.md)
+//! A userspace WireGuard engine: one TUN interface, many peers, two UDP sockets, three threads.
+//!
+//! The crate is a library of its own: it knows nothing of the mesh it was written for, starts no async
+//! runtime and opens nothing but `/dev/net/tun` and its UDP port. The Noise handshake and the
+//! transport encryption are `boringtun::noise`; everything around them (routing by allowed IPs, the
+//! inner-source check, roaming, the cookie rate limiter, timers, retries) is here.
+//!
+//! ```no_run
+//! use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, TunnelConfig};
+//! use std::time::Duration;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let tunnel = mesh_tunnel::open(TunnelConfig {
+//!     interface: "wg0".into(),
+//!     mtu: 1420,
+//!     listen_port: 51820,
+//!     private_key: "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=".parse()?,
+//!     fwmark: None,
+//! })?;
+//! tunnel.set_peer(PeerConfig {
+//!     public_key: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".parse::<PublicKey>()?,
+//!     preshared_key: None,
+//!     endpoint: Some("192.0.2.7:51820".parse()?),
+//!     allowed_ips: vec!["10.0.0.2/32".parse()?, "fd00::2/128".parse()?],
+//!     persistent_keepalive: Some(Duration::from_secs(25)),
+//! })?;
+//! // Addresses and routes are the caller's: `ip addr add 10.0.0.1/24 dev wg0`.
+//! while let Some(event) = tunnel.events().recv() {
+//!     println!("{event:?}");
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod config;
+mod error;
+mod event;
+mod key;
+mod tunnel;
+
+mod allowed_ips;
+mod packet;
+mod peer;
+mod registry;
+
+mod engine;
+mod housekeeper;
+mod inbound;
+mod outbound;
+
+mod quiescence;
+mod tun;
+mod udp;
+mod wake;
+
+pub use config::{PeerConfig, TunnelConfig};
+pub use error::TunnelError;
+pub use event::{Events, RecvTimeoutError, TunnelEvent};
+pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
+pub use tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel, open};

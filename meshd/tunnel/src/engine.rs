@@ -1,0 +1,435 @@
+//! The userspace engine: what its three threads share, and the calls that change it.
+//!
+//! | thread | does |
+//! |---|---|
+//! | outbound | interface → encrypt → socket; the only one that sends inner packets, so their order holds |
+//! | inbound | socket → decrypt, check the inner source → interface; passes handshakes on |
+//! | housekeeper | handshakes (they cost 0.2 ms each), timers, retries, keepalives |
+//!
+//! Calls from outside never send: they change state and wake a thread. Locks are taken in the order
+//! control, registry, peer, and none is held across a system call.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use boringtun::noise::rate_limiter::RateLimiter;
+
+use crate::config::{PeerConfig, TunnelConfig};
+use crate::error::TunnelError;
+use crate::event::{Events, Queue, TunnelEvent};
+use crate::housekeeper::{HANDSHAKES_WAITING_MAX, Housekeeper};
+use crate::inbound::Inbound;
+use crate::key::{PrivateKey, PublicKey};
+use crate::outbound::Outbound;
+use crate::peer::{Notes, Peer};
+use crate::quiescence::Quiescence;
+use crate::registry::Registry;
+use crate::tun::Tun;
+use crate::tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel};
+use crate::udp::Udp;
+use crate::wake::Wake;
+
+/// Handshake messages per second before cookies are asked for, with few peers. With many it is half
+/// their number, so that a fleet may come back at once.
+const HANDSHAKES_PER_SECOND: u64 = 100;
+/// First greetings of more peers than this spread over so much, per peer and at most.
+const GREETED_AT_ONCE: usize = 32;
+const GREETING_SPREAD_PER_PEER: Duration = Duration::from_micros(300);
+const GREETING_SPREAD_MAX: Duration = Duration::from_millis(333);
+
+/// What the threads and the calls share.
+pub(crate) struct Shared {
+    registry: RwLock<Registry>,
+    identity: RwLock<Arc<Identity>>,
+    pub(crate) events: Arc<Queue>,
+    pub(crate) counters: CounterCells,
+    pub(crate) outbound: ThreadState,
+    pub(crate) inbound: ThreadState,
+    pub(crate) housekeeper: ThreadState,
+    /// Peers whose waiting packets may go; for the outbound thread.
+    ready: Mutex<Vec<Arc<Peer>>>,
+    /// Peers that want a tick before the next one is due; for the housekeeper.
+    urgent: Mutex<Vec<Arc<Peer>>>,
+    stop: AtomicBool,
+}
+
+/// How a thread is woken, and whether it is inside a batch.
+pub(crate) struct ThreadState {
+    pub(crate) wake: Wake,
+    pub(crate) quiescence: Quiescence,
+}
+
+/// Who we are, and the limiter whose MACs and cookies depend on it.
+pub(crate) struct Identity {
+    pub(crate) private: PrivateKey,
+    pub(crate) public: PublicKey,
+    pub(crate) limiter: RateLimiter,
+    limit: u64,
+}
+
+impl Identity {
+    fn new(private: PrivateKey, limit: u64) -> Self {
+        let public = private.public();
+        Self { limiter: RateLimiter::new(&public.to_x25519(), limit), private, public, limit }
+    }
+}
+
+impl Shared {
+    fn new(private_key: PrivateKey) -> std::io::Result<Self> {
+        let thread =
+            || Ok::<_, std::io::Error>(ThreadState { wake: Wake::new()?, quiescence: Quiescence::default() });
+        Ok(Self {
+            registry: RwLock::new(Registry::new()),
+            identity: RwLock::new(Arc::new(Identity::new(private_key, HANDSHAKES_PER_SECOND))),
+            events: Arc::default(),
+            counters: CounterCells::default(),
+            outbound: thread()?,
+            inbound: thread()?,
+            housekeeper: thread()?,
+            ready: Mutex::default(),
+            urgent: Mutex::default(),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn registry(&self) -> RwLockReadGuard<'_, Registry> {
+        self.registry.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registry_mut(&self) -> RwLockWriteGuard<'_, Registry> {
+        self.registry.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_identity(&self, identity: Identity) {
+        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Ends all threads. Only the first reason is reported.
+    pub(crate) fn stop(&self, error: Option<String>) {
+        if self.stop.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        match &error {
+            Some(error) => tracing::error!(%error, "tunnel stopped"),
+            None => tracing::debug!("tunnel closed"),
+        }
+        self.events.push(TunnelEvent::Stopped { error });
+        for thread in [&self.outbound, &self.inbound, &self.housekeeper] {
+            thread.wake.wake();
+        }
+    }
+
+    /// Passes on what a peer's state machine has to tell.
+    pub(crate) fn report(&self, peer: &Arc<Peer>, notes: Notes) {
+        if notes == Notes::default() {
+            return;
+        }
+        let key = peer.key;
+        if notes.handshake_done {
+            tracing::debug!(peer = %key, "handshake done");
+            self.events.push(TunnelEvent::HandshakeDone { peer: key });
+        }
+        if let Some(from) = notes.moved_to {
+            tracing::info!(peer = %key, endpoint = %from, "endpoint changed");
+            self.events.push(TunnelEvent::EndpointChanged { peer: key, from });
+        }
+        if notes.silent {
+            tracing::info!(peer = %key, "peer silent");
+            self.events.push(TunnelEvent::PeerSilent { peer: key });
+        }
+        if notes.backlog_ready {
+            lock(&self.ready).push(peer.clone());
+            self.outbound.wake.wake();
+        }
+    }
+
+    /// Peers whose waiting packets may go. Call after the wake-up was cleared.
+    pub(crate) fn take_ready(&self) -> Vec<Arc<Peer>> {
+        std::mem::take(&mut *lock(&self.ready))
+    }
+
+    pub(crate) fn take_urgent(&self) -> Vec<Arc<Peer>> {
+        std::mem::take(&mut *lock(&self.urgent))
+    }
+
+    fn tick_soon(&self, peer: &Arc<Peer>) {
+        let mut urgent = lock(&self.urgent);
+        // A caller that asks again and again does not make the list grow.
+        if !urgent.contains(peer) {
+            urgent.push(peer.clone());
+        }
+        drop(urgent);
+        self.housekeeper.wake.wake();
+    }
+}
+
+/// The engine behind [`Tunnel`].
+pub(crate) struct Userspace {
+    name: String,
+    port: u16,
+    shared: Arc<Shared>,
+    /// Serialises the calls that change peers or keys.
+    control: Mutex<()>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Userspace {
+    pub(crate) fn open(config: TunnelConfig) -> Result<Self, TunnelError> {
+        config.check()?;
+        let shared = Shared::new(config.private_key)
+            .map_err(|source| TunnelError::System { action: "make an event descriptor", source })?;
+        let shared = Arc::new(shared);
+        let udp = Arc::new(Udp::bind(config.listen_port, config.fwmark)?);
+        let tun = Arc::new(Tun::create(&config.interface)?);
+        tun.bring_up(config.mtu)?;
+        let engine = Self {
+            name: tun.name().to_owned(),
+            port: udp.port(),
+            shared: shared.clone(),
+            control: Mutex::default(),
+            threads: Mutex::default(),
+        };
+        let (pass_on, handshakes) = sync_channel(HANDSHAKES_WAITING_MAX);
+        let outbound = Outbound::new(shared.clone(), tun.clone(), udp.clone(), config.mtu);
+        let inbound = Inbound::new(shared.clone(), tun, udp.clone(), pass_on);
+        let housekeeper = Housekeeper::new(shared, udp, handshakes);
+        engine.spawn("outbound", move || outbound.run())?;
+        engine.spawn("inbound", move || inbound.run())?;
+        engine.spawn("housekeeper", move || housekeeper.run())?;
+        Ok(engine)
+    }
+
+    /// Starts one thread; if it fails or panics the whole tunnel stops and says why.
+    fn spawn(
+        &self,
+        role: &'static str,
+        run: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> Result<(), TunnelError> {
+        let shared = self.shared.clone();
+        let body = move || {
+            let result = catch_unwind(AssertUnwindSafe(run))
+                .unwrap_or_else(|_| Err(format!("the {role} thread panicked; this is a bug")));
+            if let Err(error) = result {
+                shared.stop(Some(error));
+            }
+        };
+        let thread = thread::Builder::new()
+            .name(format!("wg-{role}"))
+            .spawn(body)
+            .map_err(|source| TunnelError::System { action: "start a thread", source })?;
+        lock(&self.threads).push(thread);
+        Ok(())
+    }
+
+    fn change(&self) -> Result<MutexGuard<'_, ()>, TunnelError> {
+        let guard = lock(&self.control);
+        if self.shared.is_stopped() { Err(TunnelError::Closed) } else { Ok(guard) }
+    }
+
+    fn peer(&self, key: &PublicKey) -> Option<Arc<Peer>> {
+        self.shared.registry().by_key(key).cloned()
+    }
+
+    /// Lets the limiter grow with the number of peers. Outstanding cookies become void, which costs
+    /// their holders one more round trip.
+    fn grow_limit(&self, peers: usize) {
+        let (identity, wanted) = (self.shared.identity(), peers as u64 / 2);
+        if wanted > identity.limit {
+            self.shared.set_identity(Identity::new(identity.private.clone(), wanted.next_power_of_two()));
+        }
+    }
+}
+
+impl Tunnel for Userspace {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn backend(&self) -> BackendInfo {
+        BackendInfo {
+            kind: BackendKind::Userspace,
+            offloads: Offloads::default(),
+            why_not_kernel: Some("this version has no kernel backend".into()),
+        }
+    }
+
+    fn listen_port(&self) -> u16 {
+        self.port
+    }
+
+    fn public_key(&self) -> PublicKey {
+        self.shared.identity().public
+    }
+
+    fn set_peer(&self, config: PeerConfig) -> Result<(), TunnelError> {
+        config.check()?;
+        let _control = self.change()?;
+        let identity = self.shared.identity();
+        if config.public_key == identity.public {
+            return Err(TunnelError::OwnKey { peer: config.public_key });
+        }
+        let known = self.peer(&config.public_key);
+        // Only this call and the others under `control` change routes, so what is free now stays free.
+        let overlap = self.shared.registry().conflict(&config.allowed_ips, known.as_ref());
+        if let Some((prefix, owner)) = overlap {
+            return Err(TunnelError::AllowedIpsOverlap { peer: config.public_key, owner, prefix });
+        }
+        let new = config.allowed_ips.clone();
+        let peer = match known {
+            Some(peer) => {
+                let old = peer.lock().allowed_ips().to_vec();
+                self.shared.registry_mut().route(&peer, &old, &new);
+                peer.lock().update(config, &identity.private, Instant::now());
+                peer
+            }
+            None => {
+                let count = self.shared.registry().peers().len() + 1;
+                let index =
+                    self.shared.registry_mut().reserve(rand::random()).ok_or(TunnelError::TooManyPeers)?;
+                let start = Instant::now() + greeting_delay(count);
+                let peer = Arc::new(Peer::new(config, &identity.private, index, start));
+                self.shared.registry_mut().insert(peer.clone(), &new);
+                self.grow_limit(count);
+                peer
+            }
+        };
+        self.shared.tick_soon(&peer);
+        Ok(())
+    }
+
+    fn remove_peer(&self, key: &PublicKey) -> bool {
+        let _control = lock(&self.control);
+        let Some(peer) = self.shared.registry_mut().remove(key) else { return false };
+        peer.lock().remove();
+        // A packet that was decrypted a moment ago may still be on its way to the interface.
+        self.shared.inbound.quiescence.wait();
+        self.shared.outbound.quiescence.wait();
+        true
+    }
+
+    fn set_endpoint(&self, key: &PublicKey, endpoint: SocketAddr) -> bool {
+        let usable = endpoint.port() != 0 && !endpoint.ip().is_unspecified() && !endpoint.ip().is_multicast();
+        let Some(peer) = self.peer(key).filter(|_| usable) else { return false };
+        peer.lock().set_endpoint(endpoint);
+        self.shared.tick_soon(&peer);
+        true
+    }
+
+    fn rotate_key(&self, private_key: PrivateKey) -> Result<(), TunnelError> {
+        let _control = self.change()?;
+        let (public, limit) = (private_key.public(), self.shared.identity().limit);
+        if self.peer(&public).is_some() {
+            return Err(TunnelError::OwnKey { peer: public });
+        }
+        self.shared.set_identity(Identity::new(private_key.clone(), limit));
+        let peers: Vec<_> = self.shared.registry().peers().cloned().collect();
+        for peer in &peers {
+            peer.lock().renew(&private_key, Instant::now() + greeting_delay(peers.len()));
+        }
+        self.shared.inbound.quiescence.wait();
+        self.shared.housekeeper.wake.wake();
+        Ok(())
+    }
+
+    fn initiate_handshake(&self, key: &PublicKey) -> bool {
+        let Some(peer) = self.peer(key) else { return false };
+        let wanted = peer.lock().want_initiation();
+        if wanted {
+            self.shared.tick_soon(&peer);
+        }
+        wanted
+    }
+
+    fn peers(&self) -> Vec<PeerStats> {
+        let peers: Vec<_> = self.shared.registry().peers().cloned().collect();
+        let now = Instant::now();
+        peers.iter().map(|peer| peer.lock().stats(peer.key, now)).collect()
+    }
+
+    fn counters(&self) -> Counters {
+        self.shared.counters.read()
+    }
+
+    fn events(&self) -> Events {
+        self.shared.events.reader()
+    }
+
+    fn close(&self) {
+        self.shared.stop(None);
+        // The threads own the sockets and the interface: with the last of them both are gone.
+        for thread in std::mem::take(&mut *lock(&self.threads)) {
+            let _ = thread.join();
+        }
+        self.shared.events.close();
+    }
+}
+
+impl Drop for Userspace {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl fmt::Debug for Userspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Userspace")
+            .field("name", &self.name)
+            .field("port", &self.port)
+            .finish_non_exhaustive()
+    }
+}
+
+macro_rules! counter_cells {
+    ($($name:ident),* $(,)?) => {
+        /// [`Counters`] while they count.
+        #[derive(Debug, Default)]
+        pub(crate) struct CounterCells { $(pub(crate) $name: AtomicU64),* }
+
+        impl CounterCells {
+            fn read(&self) -> Counters {
+                Counters { $($name: self.$name.load(Ordering::Relaxed)),* }
+            }
+        }
+    };
+}
+
+counter_cells!(
+    tx_malformed,
+    tx_no_peer,
+    tx_no_endpoint,
+    tx_socket_errors,
+    rx_invalid,
+    rx_wrong_source,
+    rx_under_load,
+    rx_handshakes_dropped,
+    rx_interface_errors,
+);
+
+/// Adds one.
+pub(crate) fn count(cell: &AtomicU64) {
+    cell.fetch_add(1, Ordering::Relaxed);
+}
+
+fn greeting_delay(peers: usize) -> Duration {
+    let crowd = peers.saturating_sub(GREETED_AT_ONCE) as u32;
+    let spread = (GREETING_SPREAD_PER_PEER * crowd).min(GREETING_SPREAD_MAX);
+    spread.mul_f64(rand::random_range(0.0..1.0))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

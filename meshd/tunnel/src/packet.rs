@@ -1,0 +1,163 @@
+//! The little we need to know of inner IP packets and of WireGuard's messages. Pure functions on bytes.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Header, counter and tag around an inner packet, bytes. WireGuard paper §5.4.6.
+pub(crate) const DATA_OVERHEAD: usize = 32;
+/// Handshake initiation, response and cookie reply, bytes. WireGuard paper §5.4.2, §5.4.3, §5.4.7.
+pub(crate) const INITIATION_BYTES: usize = 148;
+pub(crate) const RESPONSE_BYTES: usize = 92;
+pub(crate) const COOKIE_REPLY_BYTES: usize = 64;
+/// Inner packets are padded to a multiple of this, bytes. WireGuard paper §5.4.6.
+const PADDING: usize = 16;
+/// Largest UDP payload, bytes: 65535 less IPv4 and UDP headers.
+pub(crate) const DATAGRAM_MAX: usize = 65_507;
+/// Counters from here on are refused, as the sender must have made a new session long before.
+/// WireGuard paper §6.1: 2^64 - 2^13 - 1.
+const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+
+/// The kind of a datagram, by its first bytes and its length only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Message {
+    Initiation,
+    /// Answers to us; the receiver index is ours.
+    Response {
+        receiver: u32,
+    },
+    CookieReply {
+        receiver: u32,
+    },
+    Data {
+        receiver: u32,
+    },
+}
+
+impl Message {
+    /// `None` for everything that no WireGuard peer sends.
+    pub(crate) fn parse(datagram: &[u8]) -> Option<Self> {
+        match (u32_at(datagram, 0)?, datagram.len()) {
+            (1, INITIATION_BYTES) => Some(Self::Initiation),
+            (2, RESPONSE_BYTES) => Some(Self::Response { receiver: u32_at(datagram, 8)? }),
+            (3, COOKIE_REPLY_BYTES) => Some(Self::CookieReply { receiver: u32_at(datagram, 4)? }),
+            (4, DATA_OVERHEAD..=DATAGRAM_MAX) => {
+                let counter = u64::from(u32_at(datagram, 8)?) | u64::from(u32_at(datagram, 12)?) << 32;
+                let receiver = u32_at(datagram, 4)?;
+                (counter < REJECT_AFTER_MESSAGES).then_some(Self::Data { receiver })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Sender index of a handshake initiation or response.
+pub(crate) fn sender_index(handshake: &[u8]) -> Option<u32> {
+    u32_at(handshake, 4)
+}
+
+/// Destination of an IP packet; `None` if it is not one, is cut short, or is longer than it says.
+pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
+    (ip_length(packet)? == packet.len()).then_some(())?;
+    match packet[0] >> 4 {
+        4 => Some(Ipv4Addr::from(array_at::<4>(packet, 16)?).into()),
+        _ => Some(Ipv6Addr::from(array_at::<16>(packet, 24)?).into()),
+    }
+}
+
+/// Length an IP packet says it has, bytes, if it has a whole header and says no less than that.
+pub(crate) fn ip_length(packet: &[u8]) -> Option<usize> {
+    match packet.first()? >> 4 {
+        4 if packet.len() >= 20 => {
+            let header = usize::from(packet[0] & 0x0f) * 4;
+            let length = usize::from(u16::from_be_bytes(array_at(packet, 2)?));
+            (header >= 20 && length >= header).then_some(length)
+        }
+        6 if packet.len() >= 40 => Some(usize::from(u16::from_be_bytes(array_at(packet, 4)?)) + 40),
+        _ => None,
+    }
+}
+
+/// Length to which a packet of `length` bytes is padded: a multiple of 16, but never beyond the MTU.
+pub(crate) fn padded(length: usize, mtu: usize) -> usize {
+    length.next_multiple_of(PADDING).min(mtu.max(length))
+}
+
+/// The address behind an IPv4-mapped IPv6 one (RFC 4291 §2.5.5.2).
+pub(crate) fn unmapped(address: std::net::SocketAddr) -> std::net::SocketAddr {
+    std::net::SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    array_at(bytes, at).map(u32::from_le_bytes)
+}
+
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at + N)?.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ipv4(length: u16, bytes: usize) -> Vec<u8> {
+        let mut packet = vec![0; bytes];
+        packet[0] = 0x45;
+        packet[2..4].copy_from_slice(&length.to_be_bytes());
+        packet[16..20].copy_from_slice(&[192, 0, 2, 9]);
+        packet
+    }
+
+    #[test]
+    fn destinations_are_read_only_from_whole_packets() {
+        let table = [
+            (ipv4(28, 28), Some("192.0.2.9".parse().unwrap())),
+            (ipv4(29, 28), None),
+            (ipv4(27, 28), None),
+            (ipv4(19, 20), None),
+            (vec![0x45; 19], None),
+            (vec![0x60; 39], None),
+            (vec![0x55; 60], None),
+            (Vec::new(), None),
+        ];
+        for (packet, expected) in table {
+            assert_eq!(destination(&packet), expected, "{packet:?}");
+        }
+        let mut short_header = ipv4(28, 28);
+        short_header[0] = 0x44;
+        assert_eq!(destination(&short_header), None);
+        let mut six = vec![0; 48];
+        six[0] = 0x60;
+        six[5] = 8;
+        six[39] = 1;
+        assert_eq!(destination(&six), Some("::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn padding_stops_at_the_mtu() {
+        for (length, expected) in [(0, 0), (1, 16), (16, 16), (1407, 1408), (1409, 1420), (1420, 1420)] {
+            assert_eq!(padded(length, 1420), expected);
+        }
+        assert_eq!(padded(1500, 1420), 1500);
+    }
+
+    #[test]
+    fn messages_have_their_exact_length() {
+        for (kind, length) in [(1, 148), (2, 92), (3, 64), (4, 32), (4, 1452), (4, 65_507)] {
+            let mut datagram = vec![0; length];
+            datagram[0] = kind;
+            assert!(Message::parse(&datagram).is_some(), "type {kind} length {length}");
+            datagram[3] = 1;
+            assert_eq!(Message::parse(&datagram), None, "reserved bytes of type {kind}");
+        }
+        let mut last_counter = vec![0xff; 32];
+        last_counter[..4].copy_from_slice(&[4, 0, 0, 0]);
+        assert_eq!(Message::parse(&last_counter), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = (Message::parse(&bytes), destination(&bytes), sender_index(&bytes), ip_length(&bytes));
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! The interface: a TUN device, made by us, gone with its descriptor.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::errno::Errno;
+use nix::libc;
+
+use crate::error::TunnelError;
+
+const DEVICE: &str = "/dev/net/tun";
+
+/// Thin wrappers around the requests of `linux/if_tun.h` and `linux/sockios.h`.
+mod request {
+    use nix::libc::{SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, TUNSETIFF, ifreq};
+
+    nix::ioctl_readwrite_bad!(set_interface, TUNSETIFF, ifreq);
+    nix::ioctl_write_ptr_bad!(set_mtu, SIOCSIFMTU, ifreq);
+    nix::ioctl_write_ptr_bad!(set_flags, SIOCSIFFLAGS, ifreq);
+    nix::ioctl_readwrite_bad!(flags, SIOCGIFFLAGS, ifreq);
+}
+
+#[derive(Debug)]
+pub(crate) struct Tun {
+    file: File,
+    name: String,
+}
+
+impl Tun {
+    /// Creates the interface. `name` must have been checked and may hold `%d`.
+    pub(crate) fn create(name: &str) -> Result<Self, TunnelError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(DEVICE)
+            .map_err(|source| cannot_open(name, source))?;
+        let mut asked = interface_request(name);
+        asked.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL) as libc::c_short;
+        // SAFETY: `file` is an open descriptor and `asked` a whole ifreq that outlives the call; the
+        // kernel reads it and writes the name it gave into it.
+        let made = unsafe { request::set_interface(file.as_raw_fd(), &raw mut asked) };
+        made.map_err(|errno| match errno {
+            Errno::EPERM | Errno::EACCES => TunnelError::NoRights { name: name.to_owned() },
+            Errno::EBUSY => TunnelError::InterfaceBusy { name: name.to_owned() },
+            _ => failed(name, "create")(errno.into()),
+        })?;
+        Ok(Self { file, name: given_name(&asked) })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sets the MTU and brings the interface up.
+    pub(crate) fn bring_up(&self, mtu: u16) -> Result<(), TunnelError> {
+        // No link-local address of the kernel's own making; a kernel without IPv6 has no such file.
+        let mode = format!("/proc/sys/net/ipv6/conf/{}/addr_gen_mode", self.name);
+        let _ = std::fs::write(mode, "1");
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
+            .map_err(failed(&self.name, "open a socket to set options"))?;
+        let mut asked = interface_request(&self.name);
+        asked.ifr_ifru.ifru_mtu = i32::from(mtu);
+        // SAFETY: an open socket and a whole ifreq that outlives the call, for a request that reads one.
+        unsafe { request::set_mtu(socket.as_raw_fd(), &raw const asked) }
+            .map_err(|errno| failed(&self.name, "set the MTU")(errno.into()))?;
+        // SAFETY: as above, for a request that reads and writes one.
+        unsafe { request::flags(socket.as_raw_fd(), &raw mut asked) }
+            .map_err(|errno| failed(&self.name, "read the flags")(errno.into()))?;
+        // SAFETY: the kernel has just filled in the flags, and any bits are a valid `c_short`.
+        let flags = unsafe { asked.ifr_ifru.ifru_flags };
+        asked.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+        // SAFETY: as for the MTU.
+        unsafe { request::set_flags(socket.as_raw_fd(), &raw const asked) }
+            .map_err(|errno| failed(&self.name, "set the state")(errno.into()))?;
+        Ok(())
+    }
+
+    /// One packet from the host; `None` if there is none waiting.
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match (&self.file).read(buffer) {
+            Ok(length) => Ok(Some(length)),
+            Err(error) if is_transient(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// One packet to the host.
+    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<()> {
+        (&self.file).write(packet).map(drop)
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Nothing waiting, or the interface is down at the moment: not the end.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+        || error.raw_os_error() == Some(libc::EIO)
+}
+
+fn cannot_open(name: &str, source: io::Error) -> TunnelError {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => TunnelError::NoTunDevice,
+        Some(Errno::EPERM | Errno::EACCES) => TunnelError::NoRights { name: name.to_owned() },
+        _ => failed(name, "open /dev/net/tun for")(source),
+    }
+}
+
+fn failed(name: &str, action: &'static str) -> impl Fn(io::Error) -> TunnelError {
+    let name = name.to_owned();
+    move |source| TunnelError::Interface { name: name.clone(), action, source }
+}
+
+fn interface_request(name: &str) -> libc::ifreq {
+    // SAFETY: ifreq is plain C data, for which all bits zero is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero: names are at most 15 bytes.
+    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+fn given_name(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| *c as u8);
+    String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned()
+}

@@ -1,0 +1,13 @@
+//! The engine on real TUN devices and real sockets, in namespaces that each test makes for itself.
+//!
+//! Needs no root: every test runs itself again under `unshare -Urnm`. A machine that does not allow
+//! that fails the tests; it does not skip them.
+
+#[macro_use]
+mod lab;
+
+mod basic;
+mod hostile;
+mod interop;
+mod lifecycle;
+mod sessions;
