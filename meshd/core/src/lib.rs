@@ -1,1 +1,33 @@
-//! (see docs/architecture.md)
+//! What a mesh is: its nodes, names, certificates, operators and policy, and what may change them.
+//!
+//! Pure: no I/O, clock, environment or global randomness; time and seeds arrive as arguments.
+//! [`World`](world::World) is the fold of the journal: `decide` says what a command would do,
+//! `apply` does it. This crate sees serials, key hashes and DER as opaque bytes.
+#![forbid(unsafe_code)]
+
+mod bytes;
+
+pub mod limits;
+
+pub mod ids;
+pub mod names;
+pub mod time;
+
+pub mod certificate;
+pub mod change;
+pub mod command;
+pub mod refusal;
+
+pub mod addresses;
+pub mod auth;
+pub mod policy;
+pub mod world;
+
+pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
+pub use change::{Change, Record};
+pub use command::{Actor, Command, CommandKind, Denial, Request, Role, Which};
+pub use ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
+pub use names::{DnsName, NameError, NodeName, OperatorName, PairName, Tag};
+pub use policy::Policy;
+pub use refusal::Refusal;
+pub use time::UtcTime;

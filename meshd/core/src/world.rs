@@ -1,0 +1,5 @@
+//! The fold of the journal.
+
+mod state;
+
+pub use state::*;
