@@ -1,1 +1,137 @@
-//! To come.
+//! Against Debian's wireguard-go, set up with `wg`.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use mesh_tunnel::{PeerConfig, PresharedKey, PublicKey, Tunnel, TunnelEvent};
+
+use crate::basic::tcp_transfer;
+use crate::lab::{Namespace, eventually, key, open_as, two_namespaces};
+
+const PORT: u16 = 51820;
+const PSK: [u8; 32] = [42; 32];
+
+/// A wireguard-go daemon on `wg0` of a namespace, with private key `key(2)`.
+struct WireguardGo {
+    daemon: Child,
+    namespace: Namespace,
+}
+
+impl WireguardGo {
+    fn start(namespace: Namespace) -> Self {
+        let mut command = Command::new("wireguard-go");
+        command.args(["-f", "wg0"]).env("LOG_LEVEL", "error").stdin(Stdio::null());
+        let daemon = namespace.run(|| command.spawn()).unwrap_or_else(|error| {
+            panic!("wireguard-go must be installed (apt install wireguard-go): {error}")
+        });
+        fs::write("/run/key", STANDARD.encode(*key(2).to_bytes())).unwrap();
+        fs::write("/run/psk", STANDARD.encode(PSK)).unwrap();
+        let go = Self { daemon, namespace };
+        let set_up = format!("set wg0 private-key /run/key listen-port {PORT}");
+        eventually("wireguard-go answers", || go.try_wg(&set_up));
+        go.namespace.ip("addr add 10.214.0.2/24 dev wg0");
+        go.namespace.ip("addr add fd14::2/64 dev wg0");
+        go.namespace.ip("link set wg0 mtu 1420 up");
+        go
+    }
+
+    fn try_wg(&self, command: &str) -> Option<String> {
+        let mut wg = Command::new("wg");
+        wg.args(command.split_whitespace()).stderr(Stdio::null());
+        let output = self
+            .namespace
+            .run(|| wg.output())
+            .unwrap_or_else(|error| panic!("wg must be installed (apt install wireguard-tools): {error}"));
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    }
+
+    fn wg(&self, command: &str) -> String {
+        self.try_wg(command).unwrap_or_else(|| panic!("wg {command}"))
+    }
+
+    fn add_peer(&self, peer: PublicKey, more: &str) {
+        let command = format!(
+            "set wg0 peer {peer} preshared-key /run/psk allowed-ips 10.214.0.1/32,fd14::1/128 {more}"
+        );
+        self.wg(&command);
+    }
+}
+
+impl Drop for WireguardGo {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+fn ours(namespace: &Namespace) -> Box<dyn Tunnel> {
+    let tunnel = namespace.run(|| open_as(key(1)));
+    namespace.ip("addr add 10.214.0.1/24 dev wg0");
+    namespace.ip("addr add fd14::1/64 dev wg0");
+    tunnel
+}
+
+fn their_config(endpoint: bool) -> PeerConfig {
+    PeerConfig {
+        public_key: key(2).public(),
+        preshared_key: Some(PresharedKey::from_bytes(PSK)),
+        endpoint: endpoint.then(|| ([10, 213, 0, 2], PORT).into()),
+        allowed_ips: vec!["10.214.0.2/32".parse().unwrap(), "fd14::2/128".parse().unwrap()],
+        persistent_keepalive: None,
+    }
+}
+
+fn handshake_done(tunnel: &dyn Tunnel) {
+    eventually("handshake", || {
+        tunnel.events().try_recv().filter(|event| matches!(event, TunnelEvent::HandshakeDone { .. }))
+    });
+}
+
+fn traffic(a: &Namespace, b: &Namespace) {
+    for inner in ["10.214.0.2", "fd14::2"] {
+        a.ping(inner.parse().unwrap());
+        tcp_transfer(b, a, inner.parse().unwrap(), 2 << 20);
+    }
+    for inner in ["10.214.0.1", "fd14::1"] {
+        b.ping(inner.parse().unwrap());
+        tcp_transfer(a, b, inner.parse().unwrap(), 2 << 20);
+    }
+}
+
+netns_tests! {
+    fn we_begin_and_rekey_with_wireguard_go() {
+        let (a, b) = two_namespaces();
+        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
+        go.add_peer(tunnel.public_key(), "");
+        tunnel.set_peer(their_config(true)).unwrap();
+        traffic(&a, &go.namespace);
+        for _ in 0..3 {
+            while tunnel.events().try_recv().is_some() {}
+            assert!(tunnel.initiate_handshake(&key(2).public()));
+            handshake_done(&*tunnel);
+            traffic(&a, &go.namespace);
+        }
+        assert_eq!(tunnel.counters().rx_invalid, 0, "{:?}", tunnel.counters());
+        let transfer = go.wg("show wg0 transfer");
+        let numbers: Vec<u64> = transfer.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
+        assert!(numbers.iter().all(|bytes| *bytes > 16 << 20), "{transfer}");
+    }
+
+    fn wireguard_go_begins_and_starts_over() {
+        let (a, b) = two_namespaces();
+        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
+        tunnel.set_peer(their_config(false)).unwrap();
+        let endpoint = format!("endpoint 10.213.0.1:{} persistent-keepalive 1", tunnel.listen_port());
+        for _ in 0..3 {
+            go.add_peer(tunnel.public_key(), &endpoint);
+            handshake_done(&*tunnel);
+            traffic(&a, &go.namespace);
+            while tunnel.events().try_recv().is_some() {}
+            go.wg(&format!("set wg0 peer {} remove", tunnel.public_key()));
+        }
+        let stats = tunnel.peers();
+        assert_eq!(stats[0].endpoint, Some(([10, 213, 0, 2], PORT).into()));
+    }
+}

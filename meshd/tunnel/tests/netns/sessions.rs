@@ -1,1 +1,141 @@
-//! To come.
+//! Sessions over time: roaming, rekeying, removal, silence, new keys.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use mesh_tunnel::TunnelEvent;
+
+use crate::lab::{connected, echo, eventually, key};
+
+netns_tests! {
+    fn a_peer_that_moves_is_followed() {
+        let (a, b) = connected();
+        let (from, to) = (a.inner_udp(), b.inner_udp());
+        echo(&from, &to, b"before");
+        a.namespace.ip("addr add 10.213.0.77/24 dev veth0");
+        a.namespace.ip("addr del 10.213.0.1/24 dev veth0");
+        // The kernel takes a secondary address away with the primary one.
+        a.namespace.ip("addr replace 10.213.0.77/24 dev veth0");
+        echo(&from, &to, b"after");
+        let moved = ([10, 213, 0, 77], a.tunnel.listen_port()).into();
+        b.expect_event(|event| *event == TunnelEvent::EndpointChanged { peer: a.key(), from: moved });
+        assert_eq!(b.stats(&a).endpoint, Some(moved));
+        // And from IPv4 to IPv6, where only the sender knows of the change.
+        a.tunnel.set_endpoint(&b.key(), b.endpoint6());
+        echo(&from, &to, b"over IPv6");
+        assert_eq!(b.stats(&a).endpoint, Some(a.endpoint6()));
+    }
+
+    fn an_update_with_the_old_endpoint_does_not_undo_roaming() {
+        let (a, b) = connected();
+        a.namespace.ping(b.inner4);
+        let roamed = b.stats(&a).endpoint;
+        b.tunnel.set_peer(a.as_peer(None)).unwrap();
+        assert_eq!(b.stats(&a).endpoint, roamed);
+        assert!(b.stats(&a).has_session);
+    }
+
+    fn rekeying_under_traffic_loses_nothing() {
+        let (a, b) = connected();
+        let (from, to) = (a.inner_udp(), b.inner_udp());
+        let finished = AtomicBool::new(false);
+        let sessions = thread::scope(|scope| {
+            let rekeying = scope.spawn(|| {
+                let mut sessions = 0;
+                while !finished.load(Ordering::Relaxed) {
+                    for (end, other) in [(&a, &b), (&b, &a)] {
+                        end.tunnel.initiate_handshake(&other.key());
+                        let done = |event: &TunnelEvent| matches!(event, TunnelEvent::HandshakeDone { .. });
+                        end.expect_event(done);
+                        sessions += 1;
+                    }
+                }
+                sessions
+            });
+            for number in 0..4000_u32 {
+                echo(&from, &to, &number.to_le_bytes());
+            }
+            finished.store(true, Ordering::Relaxed);
+            rekeying.join().unwrap()
+        });
+        assert!(sessions >= 4, "only {sessions} sessions");
+    }
+
+    fn a_removed_peer_is_cut_off_when_the_call_returns() {
+        let (a, b) = connected();
+        let (from, to) = (a.inner_udp(), b.inner_udp());
+        let target = to.local_addr().unwrap();
+        let finished = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !finished.load(Ordering::Relaxed) {
+                    let _ = from.send_to(&[0; 1200], target);
+                }
+            });
+            let got = || b.namespace.received_packets("wg0");
+            eventually("traffic", || (got() > 1000).then_some(()));
+            assert!(b.tunnel.remove_peer(&a.key()));
+            let at_return = got();
+            let seen = b.tunnel.counters().rx_invalid;
+            eventually("traffic goes on", || (b.tunnel.counters().rx_invalid > seen + 1000).then_some(()));
+            assert_eq!(got(), at_return);
+            finished.store(true, Ordering::Relaxed);
+        });
+        assert!(!b.tunnel.remove_peer(&a.key()));
+        assert_eq!(b.tunnel.peers(), []);
+        // It may come back, with a new session only.
+        b.tunnel.set_peer(a.as_peer(None)).unwrap();
+        a.tunnel.initiate_handshake(&b.key());
+        a.expect_event(|event| matches!(event, TunnelEvent::HandshakeDone { .. }));
+        a.namespace.ping(b.inner4);
+    }
+
+    fn a_peer_that_restarts_is_back_when_it_speaks() {
+        let (a, mut b) = connected();
+        let port = b.tunnel.listen_port();
+        b.tunnel.close();
+        b.tunnel = b.namespace.run(|| {
+            mesh_tunnel::open(mesh_tunnel::TunnelConfig {
+                interface: "wg0".into(),
+                mtu: crate::lab::MTU,
+                listen_port: port,
+                private_key: key(2),
+                fwmark: None,
+            })
+        }).unwrap();
+        b.namespace.ip(&format!("addr add {}/24 dev wg0", b.inner4));
+        b.tunnel.set_peer(a.as_peer(Some(a.endpoint4()))).unwrap();
+        b.namespace.ping(a.inner4);
+        a.namespace.ping(b.inner4);
+    }
+
+    fn a_new_own_key_ends_the_old_sessions() {
+        let (a, b) = connected();
+        let old = a.key();
+        a.tunnel.rotate_key(key(11)).unwrap();
+        assert_eq!(a.key(), key(11).public());
+        assert!(!a.stats(&b).has_session);
+        // b does not know the new key: it refuses, and what it sends under the old one is refused.
+        let before = a.tunnel.counters().rx_invalid;
+        b.inner_udp().send_to(b"old", (a.inner4, 9)).unwrap();
+        eventually("old session refused", || (a.tunnel.counters().rx_invalid > before).then_some(()));
+        assert!(b.tunnel.remove_peer(&old));
+        b.tunnel.set_peer(a.as_peer(Some(a.endpoint4()))).unwrap();
+        b.namespace.ping(a.inner4);
+        a.namespace.ping(b.inner4);
+    }
+
+    fn silence_is_reported_once() {
+        let (a, b) = connected();
+        b.tunnel.close();
+        let (from, target) = (a.inner_udp(), (b.inner4, 9));
+        let event = eventually("silence", || {
+            from.send_to(b"anybody there?", target).unwrap();
+            let event = a.events.recv_timeout(std::time::Duration::from_millis(100)).ok()?;
+            matches!(event, TunnelEvent::PeerSilent { .. }).then_some(event)
+        });
+        assert_eq!(event, TunnelEvent::PeerSilent { peer: b.key() });
+        from.send_to(b"anybody there?", target).unwrap();
+        assert_eq!(a.events.try_recv(), None);
+    }
+}
