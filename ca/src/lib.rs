@@ -1,1 +1,63 @@
-//! (see docs/architecture.md)
+//! The certificate authority of a mesh, without effects: names, profiles, CSRs, issuing, CRLs, chains.
+//!
+//! Nothing here opens a file or a socket, reads a clock or the environment. Times arrive as
+//! [`time::UtcDateTime`] and are used in whole seconds; random bytes arrive through a caller's
+//! `&mut dyn FnMut(&mut [u8])`, which must fill the whole slice from a CSPRNG. The one exception is
+//! aws-lc, which draws key pairs and ECDSA nonces from its own generator.
+//!
+//! The path of an issuance, always in this order: [`Csr::parse`] → [`Csr::verify`] → a
+//! [`LeafTemplate`] from the identity record and the profile → [`LeafTemplate::check`] → a
+//! [`SerialNumber`] → [`issue_leaf`] (sign, read back, lint).
+
+#![forbid(unsafe_code)]
+
+mod identity;
+mod instant;
+mod profile;
+mod serial;
+
+mod key;
+mod keystore;
+mod seal;
+
+mod csr;
+mod template;
+mod wireguard;
+
+mod issue;
+mod lint;
+
+mod crl;
+mod reason;
+
+mod chain;
+mod leaf;
+mod tls;
+
+pub mod bundle;
+
+pub use chain::{
+    CHAIN_LENGTH_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified, verify_chain,
+    verify_chain_expired_ok,
+};
+pub use crl::{
+    CRL_BYTES_MAX, CRL_LIFETIME, Crl, CrlError, CrlPlan, ROOT_CRL_LIFETIME, RevokedEntry, build_crl,
+};
+pub use csr::{CSR_BYTES_MAX, Csr, CsrError, RequestedNames, SANS_PER_CSR_MAX, VerifiedCsr};
+pub use identity::{DnsName, Identity, Label, NameError, TrustDomain};
+pub use instant::CLOCK_SKEW_ALLOWANCE;
+pub use issue::{
+    CaCertificate, CaNaming, ISSUING_CA_LIFETIME, IssueError, IssuedCertificate, Issuer, ROOT_LIFETIME,
+    SubjectKey, create_issuing_ca, create_root, issue_leaf,
+};
+pub use key::{KeyAlgorithm, KeyError, LeafKey, PublicKey};
+pub use keystore::{KeyId, KeyStore, KeyStoreError, MemoryKeyStore};
+pub use leaf::{ClassifyError, KeyIdentifier, VerifiedLeaf, classify};
+pub use lint::{CERT_BYTES_MAX, Finding, lint_ca, lint_crl, lint_leaf};
+pub use profile::{LEAF_LIFETIME_MAX, Profile, UnknownProfile};
+pub use reason::{RevocationReason, UnknownReason};
+pub use seal::{KdfParams, KeyPurpose, SEALED_KEY_BYTES_MAX, SealError, Unlock, seal, unseal};
+pub use serial::{SerialError, SerialNumber};
+pub use template::{LeafTemplate, SANS_PER_CERT_MAX, TemplateError};
+pub use tls::{AcceptedController, ClientVerifier, ControllerVerifier, PinnedControllerVerifier};
+pub use wireguard::{WIREGUARD_KEYS_OID, WireguardKeysError};

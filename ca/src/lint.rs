@@ -1,0 +1,328 @@
+//! The rules every certificate and CRL made here must keep, checked on the finished DER.
+//!
+//! Most of them cannot be broken by the code that writes certificates; that is the point. A change of a library's
+//! defaults or of our own code that breaks one is caught before anything leaves the process.
+
+use std::net::IpAddr;
+
+use time::UtcDateTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension, X509Extension};
+use x509_parser::prelude::FromDer as _;
+use x509_parser::revocation_list::CertificateRevocationList;
+use x509_parser::time::ASN1Time;
+use x509_parser::x509::X509Version;
+
+use crate::identity::{DnsName, TrustDomain};
+use crate::instant::CLOCK_SKEW_ALLOWANCE;
+use crate::key::PublicKey;
+use crate::leaf::{Extensions, KeyIdentifier, parse_certificate, read_extensions, read_leaf};
+use crate::profile::LEAF_LIFETIME_MAX;
+use crate::serial::SerialNumber;
+use crate::template::SANS_PER_CERT_MAX;
+
+/// Largest certificate, in bytes of DER.
+pub const CERT_BYTES_MAX: usize = 10_000;
+
+/// Extensions a leaf may have; the last is the list of WireGuard keys.
+const LEAF_EXTENSIONS: [&str; 8] = [
+    "2.5.29.14",
+    "2.5.29.15",
+    "2.5.29.17",
+    "2.5.29.19",
+    "2.5.29.31",
+    "2.5.29.35",
+    "2.5.29.37",
+    crate::wireguard::WIREGUARD_KEYS_OID_TEXT,
+];
+
+/// Extensions a CA may have.
+const CA_EXTENSIONS: [&str; 4] = ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.35"];
+
+/// ecdsa-with-SHA256, the one algorithm the authority signs with (RFC 5758 §3.2).
+const ECDSA_WITH_SHA256: &str = "1.2.840.10045.4.3.2";
+
+/// A broken rule. Sections are RFC 5280's unless said.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Finding {
+    #[error("cannot be read (re-parse)")]
+    Unreadable,
+    #[error("is larger than {CERT_BYTES_MAX} bytes")]
+    TooLarge,
+    #[error("is not version 3 (§4.1.2.1)")]
+    Version,
+    #[error("serial is not 16 octets with 126 random bits (§4.1.2.2)")]
+    Serial,
+    #[error(
+        "inner and outer signature algorithm differ, or are not ecdsa-with-SHA256 without parameters (§4.1.1.2)"
+    )]
+    SignatureAlgorithm,
+    #[error("issuer is empty or differs from the issuer's subject (§4.1.2.4)")]
+    IssuerName,
+    #[error("time is not UTCTime to 2049 and GeneralizedTime after (§4.1.2.5)")]
+    TimeForm,
+    #[error("validity is empty or longer than allowed (§4.1.2.5)")]
+    Validity,
+    #[error("validity reaches beyond the issuer's")]
+    BeyondIssuer,
+    #[error("key is weak or not canonical (§4.1.2.7)")]
+    Key,
+    #[error("an extension is there twice (§4.2), or cannot be read")]
+    Extensions,
+    #[error("extension {0} does not belong here")]
+    ForeignExtension(String),
+    #[error("extension {0} has the wrong criticality")]
+    Criticality(String),
+    #[error("authority key identifier is not the issuer's subject key identifier alone (§4.2.1.1)")]
+    AuthorityKeyId,
+    #[error("subject key identifier is missing (§4.2.1.2)")]
+    SubjectKeyId,
+    #[error("basic constraints are not those of its kind (§4.2.1.9)")]
+    BasicConstraints,
+    #[error("key usage is not that of its kind (§4.2.1.3)")]
+    KeyUsage,
+    #[error("extended key usage is empty or foreign (§4.2.1.12)")]
+    ExtendedKeyUsage,
+    #[error("has no subject alternative name, too many, or one of a foreign type (§4.2.1.6)")]
+    Names,
+    #[error("a DNS name is not lower-case A-labels")]
+    DnsName,
+    #[error("common name repeats no subject alternative name or is longer than 64 characters")]
+    CommonName,
+    #[error("subject is empty and the subject alternative name not critical, or the reverse (§4.1.2.6)")]
+    EmptySubject,
+    #[error("fits no profile")]
+    Profile,
+    #[error("CRL address is not one plain http URL (§4.2.1.13)")]
+    CrlAddress,
+    #[error("CRL is not version 2 with nextUpdate and number (§5.1.2)")]
+    CrlFields,
+    #[error("CRL has an empty list of revoked certificates (§5.1.2.6)")]
+    EmptyList,
+    #[error("CRL writes reason 0 or 7 or lists a foreign serial (§5.3.1)")]
+    CrlEntry,
+}
+
+/// Checks a leaf against all rules for what `issuer_der` signs in `domain`; empty if it keeps them.
+pub fn lint_leaf(der: &[u8], issuer_der: &[u8], domain: &TrustDomain) -> Vec<Finding> {
+    let Some((certificate, issuer, extensions, mut findings)) =
+        lint_common(der, issuer_der, &LEAF_EXTENSIONS)
+    else {
+        return vec![Finding::Unreadable];
+    };
+    let mut require = |kept: bool, finding| {
+        if !kept {
+            findings.push(finding)
+        }
+    };
+    require(certificate.raw_serial() != issuer.raw_serial(), Finding::Serial);
+    let span = certificate.validity().not_after.timestamp() - certificate.validity().not_before.timestamp();
+    let longest = (LEAF_LIFETIME_MAX + CLOCK_SKEW_ALLOWANCE).as_secs();
+    require(u64::try_from(span).is_ok_and(|span| span <= longest), Finding::Validity);
+    // DER leaves out the default cA FALSE, so the sequence is empty.
+    require(raw(&certificate, "2.5.29.19").is_some_and(|e| e.value == [0x30, 0]), Finding::BasicConstraints);
+    // BIT STRING with digitalSignature alone, trailing zero bits trimmed.
+    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
+    let purposes = (extensions.server_auth || extensions.client_auth) && !extensions.other_purposes;
+    require(purposes, Finding::ExtendedKeyUsage);
+    let names = extensions.dns.len() + extensions.ips.len() + extensions.uris.len();
+    require((1..=SANS_PER_CERT_MAX).contains(&names), Finding::Names);
+    require(extensions.dns.iter().all(|name| DnsName::parse(name).is_ok()), Finding::DnsName);
+    let empty_subject = certificate.subject().iter().next().is_none();
+    let san_critical = raw(&certificate, "2.5.29.17").is_some_and(|e| e.critical);
+    require(empty_subject == san_critical, Finding::EmptySubject);
+    require(common_name_repeats_a_name(&certificate, &extensions), Finding::CommonName);
+    require(read_leaf(der, domain).is_ok(), Finding::Profile);
+    require(crl_address_is_plain(&certificate), Finding::CrlAddress);
+    findings
+}
+
+/// Checks a CA certificate; for a root `issuer_der` is the certificate itself.
+pub fn lint_ca(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
+    let Some((certificate, _, extensions, mut findings)) = lint_common(der, issuer_der, &CA_EXTENSIONS)
+    else {
+        return vec![Finding::Unreadable];
+    };
+    let root = der == issuer_der;
+    let mut require = |kept: bool, finding| {
+        if !kept {
+            findings.push(finding)
+        }
+    };
+    require(certificate.subject().iter().next().is_some(), Finding::EmptySubject);
+    let path_len = if root { None } else { Some(0) };
+    require(extensions.is_ca && extensions.path_len == path_len, Finding::BasicConstraints);
+    // keyCertSign and cRLSign alone.
+    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 1, 0x06]), Finding::KeyUsage);
+    findings
+}
+
+type Common<'a> = (X509Certificate<'a>, X509Certificate<'a>, Extensions, Vec<Finding>);
+
+/// The rules that leaves and CAs share; `None` if one of both certificates cannot be read at all.
+fn lint_common<'a>(der: &'a [u8], issuer_der: &'a [u8], allowed: &[&str]) -> Option<Common<'a>> {
+    let (certificate, issuer) = (parse_certificate(der)?, parse_certificate(issuer_der)?);
+    let issuer_extensions = read_extensions(&issuer).ok()?;
+    let root = der == issuer_der;
+    let mut findings = Vec::new();
+    let extensions = read_extensions(&certificate).unwrap_or_else(|_| {
+        findings.push(Finding::Extensions);
+        Extensions::default()
+    });
+    let mut require = |kept: bool, finding| {
+        if !kept {
+            findings.push(finding)
+        }
+    };
+    require(der.len() <= CERT_BYTES_MAX, Finding::TooLarge);
+    require(certificate.version() == X509Version::V3, Finding::Version);
+    require(SerialNumber::from_slice(certificate.raw_serial()).is_ok(), Finding::Serial);
+    let algorithm = &certificate.signature_algorithm;
+    let plain = algorithm.algorithm.to_id_string() == ECDSA_WITH_SHA256 && algorithm.parameters.is_none();
+    require(plain && *algorithm == certificate.tbs_certificate.signature, Finding::SignatureAlgorithm);
+    let named = issuer.subject().iter().next().is_some();
+    require(named && certificate.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
+    let (validity, bounds) = (certificate.validity(), issuer.validity());
+    require([validity.not_before, validity.not_after].iter().all(time_form), Finding::TimeForm);
+    require(validity.not_before < validity.not_after, Finding::Validity);
+    let within = validity.not_before >= bounds.not_before && validity.not_after <= bounds.not_after;
+    require(within, Finding::BeyondIssuer);
+    require(PublicKey::from_spki_der(certificate.public_key().raw).is_ok(), Finding::Key);
+    require(root || certificate.public_key().raw != issuer.public_key().raw, Finding::Key);
+    require(extensions.subject_key_id.is_some(), Finding::SubjectKeyId);
+    require(
+        root || authority_is(&certificate, issuer_extensions.subject_key_id.as_ref()),
+        Finding::AuthorityKeyId,
+    );
+    for extension in certificate.extensions() {
+        let oid = extension.oid.to_id_string();
+        // keyUsage and basicConstraints; whether subjectAltName is critical hangs on the subject.
+        let critical = matches!(oid.as_str(), "2.5.29.15" | "2.5.29.19");
+        require(extension.critical == critical || oid == "2.5.29.17", Finding::Criticality(oid.clone()));
+        require(allowed.contains(&oid.as_str()), Finding::ForeignExtension(oid));
+    }
+    Some((certificate, issuer, extensions, findings))
+}
+
+fn raw<'a, 'c>(certificate: &'c X509Certificate<'a>, oid: &str) -> Option<&'c X509Extension<'a>> {
+    certificate.extensions().iter().find(|extension| extension.oid.to_id_string() == oid)
+}
+
+fn time_form(time: &ASN1Time) -> bool {
+    time.is_utctime() == (time.to_datetime().year() < 2050)
+}
+
+/// The key identifier form only, never issuer and serial.
+fn authority_is(certificate: &X509Certificate<'_>, issuer: Option<&KeyIdentifier>) -> bool {
+    certificate.extensions().iter().any(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(id) => {
+            id.authority_cert_issuer.is_none()
+                && id.authority_cert_serial.is_none()
+                && id.key_identifier.as_ref().map(|id| KeyIdentifier::new(id.0)).as_ref() == issuer
+        }
+        _ => false,
+    })
+}
+
+fn common_name_repeats_a_name(certificate: &X509Certificate<'_>, extensions: &Extensions) -> bool {
+    let repeats = |name: &str| {
+        name.len() <= 64
+            && (extensions.dns.iter().chain(&extensions.uris).any(|san| san == name)
+                || name.parse::<IpAddr>().is_ok_and(|ip| extensions.ips.contains(&ip)))
+    };
+    certificate.subject().iter_common_name().all(|name| name.as_str().is_ok_and(repeats))
+}
+
+fn crl_address_is_plain(certificate: &X509Certificate<'_>) -> bool {
+    let plain = |name: &GeneralName<'_>| matches!(name, GeneralName::URI(url) if url.starts_with("http://"));
+    certificate.extensions().iter().all(|extension| match extension.parsed_extension() {
+        ParsedExtension::CRLDistributionPoints(points) => match points.as_slice() {
+            [point] => {
+                let full_name = matches!(
+                    &point.distribution_point,
+                    Some(DistributionPointName::FullName(names)) if names.len() == 1 && names.iter().all(plain)
+                );
+                full_name && point.reasons.is_none() && point.crl_issuer.is_none()
+            }
+            _ => false,
+        },
+        _ => true,
+    })
+}
+
+/// Checks a CRL that `issuer_der` signed; empty if it keeps all rules.
+pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
+    let (Ok(([], crl)), Some(issuer)) =
+        (CertificateRevocationList::from_der(der), parse_certificate(issuer_der))
+    else {
+        return vec![Finding::Unreadable];
+    };
+    let mut findings = Vec::new();
+    let mut require = |kept: bool, finding| {
+        if !kept {
+            findings.push(finding)
+        }
+    };
+    let fields = crl.version() == Some(X509Version::V2) && crl.crl_number().is_some();
+    require(fields && crl.next_update().is_some(), Finding::CrlFields);
+    let algorithm = &crl.signature_algorithm;
+    let plain = algorithm.algorithm.to_id_string() == ECDSA_WITH_SHA256 && algorithm.parameters.is_none();
+    require(plain && *algorithm == crl.tbs_cert_list.signature, Finding::SignatureAlgorithm);
+    require(crl.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
+    let times = [Some(crl.last_update()), crl.next_update()];
+    require(times.iter().flatten().all(time_form), Finding::TimeForm);
+    require(crl.next_update().is_some_and(|next| next > crl.last_update()), Finding::Validity);
+    // An empty SEQUENCE OF would stand between nextUpdate and the extensions; the parser does not tell it from absence.
+    require(!has_empty_list(crl.as_raw()), Finding::EmptyList);
+    let issuer_key_id = read_extensions(&issuer).ok().and_then(|extensions| extensions.subject_key_id);
+    let authority = crl.extensions().iter().any(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityKeyIdentifier(id) => {
+            id.key_identifier.as_ref().map(|id| KeyIdentifier::new(id.0)) == issuer_key_id
+        }
+        _ => false,
+    });
+    require(authority, Finding::AuthorityKeyId);
+    for extension in crl.extensions() {
+        let oid = extension.oid.to_id_string();
+        // Only issuingDistributionPoint is critical (§5.2.5).
+        require(extension.critical == (oid == "2.5.29.28"), Finding::Criticality(oid));
+    }
+    let now_or_before =
+        |at: UtcDateTime| crl.next_update().is_some_and(|next| at <= crate::instant::from_asn1(next));
+    for entry in crl.iter_revoked_certificates() {
+        let reason =
+            entry.reason_code().is_none_or(|(critical, code)| !critical && !matches!(code.0, 0 | 7 | 8));
+        let serial = SerialNumber::from_slice(entry.raw_serial()).is_ok();
+        let dated = now_or_before(crate::instant::from_asn1(entry.revocation_date));
+        require(reason && serial && dated, Finding::CrlEntry);
+    }
+    findings
+}
+
+/// Whether tbsCertList holds an empty `revokedCertificates`: the fields before it are version, signature, issuer and the
+/// two times, each one element long.
+fn has_empty_list(der: &[u8]) -> bool {
+    use der::{Decode as _, Reader as _};
+    let walk = || -> der::Result<bool> {
+        der::SliceReader::new(der)?.sequence(|outer| {
+            let found = outer.sequence(|tbs| {
+                for _ in 0..5 {
+                    der::AnyRef::decode(tbs)?;
+                }
+                let next = if tbs.is_finished() { None } else { Some(der::AnyRef::decode(tbs)?) };
+                while !tbs.is_finished() {
+                    der::AnyRef::decode(tbs)?;
+                }
+                Ok(next.is_some_and(|next| {
+                    use der::Tagged as _;
+                    next.tag() == der::Tag::Sequence && next.value().is_empty()
+                }))
+            })?;
+            while !outer.is_finished() {
+                der::AnyRef::decode(outer)?;
+            }
+            Ok(found)
+        })
+    };
+    walk().unwrap_or(true)
+}

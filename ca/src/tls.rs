@@ -1,0 +1,272 @@
+//! Who is at the other end of a TLS connection: rustls verifiers for both ends, TLS 1.3 only.
+//!
+//! The time is the one rustls passes in. Nothing here reads a clock or a socket.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use time::UtcDateTime;
+
+use crate::chain::{ChainError, RevocationLists, TrustAnchors, Usage, verify_chain, verify_chain_expired_ok};
+use crate::identity::{Identity, Label, TrustDomain};
+use crate::instant::from_unix;
+use crate::key::PublicKey;
+use crate::leaf::{VerifiedLeaf, parse_certificate, read_extensions};
+
+/// The refusal as rustls carries it: the well-known ones choose the TLS alert, the others keep [`ChainError`] as their
+/// source.
+fn refuse(error: ChainError) -> Error {
+    Error::InvalidCertificate(match error {
+        ChainError::Expired(_) => CertificateError::Expired,
+        ChainError::NotYetValid(_) => CertificateError::NotValidYet,
+        ChainError::Revoked => CertificateError::Revoked,
+        ChainError::UnknownIssuer | ChainError::PinNotFound => CertificateError::UnknownIssuer,
+        ChainError::BadSignature => CertificateError::BadSignature,
+        ChainError::RevocationUnknown => CertificateError::UnknownRevocationStatus,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    })
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms
+}
+
+fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
+    Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+}
+
+fn controller_name(leaf: &VerifiedLeaf) -> Result<&Label, ChainError> {
+    match &leaf.identity {
+        Some(Identity::Controller { name }) => Ok(name),
+        _ => Err(ChainError::NotController),
+    }
+}
+
+/// A node's or operator's view of the controller: a chain to a pinned root whose leaf has exactly one URI, and that a
+/// `/controller/` of the mesh. DNS names and addresses are ignored, so that a controller may be reached under any.
+#[derive(Debug)]
+pub struct ControllerVerifier {
+    anchors: Arc<TrustAnchors>,
+    revocation: Option<Arc<RevocationLists>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ControllerVerifier {
+    /// With `revocation` a controller on a CRL is refused too.
+    pub fn new(anchors: Arc<TrustAnchors>, revocation: Option<Arc<RevocationLists>>) -> Self {
+        Self { anchors, revocation, algorithms: algorithms() }
+    }
+}
+
+impl ServerCertVerifier for ControllerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let revocation = self.revocation.as_deref();
+        let leaf =
+            verify_chain(end_entity, intermediates, &self.anchors, from_unix(now), Usage::Server, revocation);
+        let leaf = leaf.map_err(refuse)?;
+        controller_name(&leaf).map_err(refuse)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// What a joining node or operator learned from a controller whose root matched the pin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcceptedController {
+    /// The root, to be stored and pinned from now on.
+    pub root_der: CertificateDer<'static>,
+    /// The mesh, from the controller's SPIFFE ID.
+    pub domain: TrustDomain,
+    /// The controller's name.
+    pub name: Label,
+    /// End of the chain's validity.
+    pub chain_not_after: UtcDateTime,
+}
+
+/// A joining node's or operator's view of the controller: all it has is the SHA-256 of the root's DER
+/// SubjectPublicKeyInfo. The root itself must be in the served chain. One verifier serves one connection.
+#[derive(Debug)]
+pub struct PinnedControllerVerifier {
+    root_key_hash: [u8; 32],
+    accepted: Mutex<Option<AcceptedController>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl PinnedControllerVerifier {
+    /// Pins the root whose DER SubjectPublicKeyInfo has this SHA-256.
+    pub fn new(root_key_hash: [u8; 32]) -> Self {
+        Self { root_key_hash, accepted: Mutex::new(None), algorithms: algorithms() }
+    }
+
+    /// What was accepted. The chain is checked by then, possession of its key only once the handshake is over: ask
+    /// after that.
+    pub fn accepted(&self) -> Option<AcceptedController> {
+        self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn check(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<AcceptedController, ChainError> {
+        let is_pinned = |der: &&CertificateDer<'_>| {
+            parse_certificate(der)
+                .and_then(|parsed| PublicKey::from_spki_der(parsed.public_key().raw).ok())
+                .is_some_and(|key| key.key_hash() == self.root_key_hash)
+        };
+        if intermediates.len() > crate::chain::CHAIN_LENGTH_MAX {
+            return Err(ChainError::TooLong(intermediates.len()));
+        }
+        let root = intermediates.iter().find(is_pinned).ok_or(ChainError::PinNotFound)?;
+        let domain = claimed_domain(end_entity).ok_or(ChainError::NotController)?;
+        let anchors = TrustAnchors::new(domain.clone(), [root])?;
+        let leaf = verify_chain(end_entity, intermediates, &anchors, from_unix(now), Usage::Server, None)?;
+        Ok(AcceptedController {
+            root_der: root.clone().into_owned(),
+            domain,
+            name: controller_name(&leaf)?.clone(),
+            chain_not_after: leaf.chain_not_after,
+        })
+    }
+}
+
+/// The mesh in the leaf's one URI; true only once the chain is verified.
+fn claimed_domain(leaf: &[u8]) -> Option<TrustDomain> {
+    let parsed = parse_certificate(leaf)?;
+    match read_extensions(&parsed).ok()?.uris.as_slice() {
+        [uri] => Identity::parse_any_domain(uri).ok().map(|(domain, _)| domain),
+        _ => None,
+    }
+}
+
+impl ServerCertVerifier for PinnedControllerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let accepted = self.check(end_entity, intermediates, now).map_err(refuse)?;
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepted);
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// The controller's view of whoever connects. A certificate may be left out (a joining node has none). One that is
+/// there must have a good chain; it may have expired, as Resume needs that, so the handler must look at the age and at
+/// the journal on every call. Revocation is not looked at here.
+#[derive(Debug)]
+pub struct ClientVerifier {
+    anchors: Arc<TrustAnchors>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ClientVerifier {
+    /// Accepts clients of this mesh.
+    pub fn new(anchors: Arc<TrustAnchors>) -> Self {
+        Self { anchors, algorithms: algorithms() }
+    }
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    /// None: the list is optional (RFC 8446 §4.2.4) and would tell strangers the name of the mesh.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        verify_chain_expired_ok(end_entity, intermediates, &self.anchors, from_unix(now), Usage::Client, None)
+            .map(|_| ClientCertVerified::assertion())
+            .map_err(refuse)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        no_tls12()
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
