@@ -1,0 +1,267 @@
+//! The index on sled 0.34.
+//!
+//! sled never calls fsync for us, and a kill at a bad moment can leave a file that it refuses or
+//! panics on. So every error and every panic ends in the same place: the folder is moved aside, an
+//! empty one takes its place, and the journal fills it again.
+
+use std::{
+    convert::Infallible,
+    fs, io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
+
+use sled::{
+    Batch, Db, IVec, Mode,
+    transaction::{TransactionError, TransactionResult},
+};
+
+use super::{
+    Entry, IndexError, IndexOp, KEY_BYTES_MAX, Order, PAGE_ENTRIES_MAX, Page, Table, VALUE_BYTES_MAX,
+};
+use crate::{
+    disk,
+    journal::{Head, JournalReader, ReadError},
+};
+
+/// Page cache; sled's default is 1 GiB.
+const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// Pages reach the kernel at the latest after this time. It is no durability: see the module.
+const FLUSH_EVERY_MILLIS: u64 = 500;
+/// Keys of ours, apart from every table's.
+const META: u8 = 0;
+const APPLIED_KEY: &[u8] = &[META, b'a'];
+/// Name of the folder that an unusable index is moved to; one is kept, for whoever wants to know why.
+const QUARANTINE: &str = "quarantined";
+
+/// What the journal says up to [`applied`](Self::applied), sorted for look-ups.
+///
+/// All tables share one sled tree, so that one transaction takes a whole frame.
+#[derive(Debug)]
+pub struct Index {
+    folder: PathBuf,
+    /// `None` only while the database is exchanged for an empty one.
+    db: Option<Db>,
+    applied: Head,
+}
+
+impl Index {
+    /// Opens the index in `folder`. One that cannot be opened is moved aside, and this one is empty.
+    ///
+    /// # Errors
+    /// [`IndexError::Io`] if not even an empty one can be made.
+    pub fn open(folder: impl Into<PathBuf>) -> Result<Self, IndexError> {
+        let folder = folder.into();
+        match open(&folder) {
+            Ok((db, applied)) => Ok(Self { folder, db: Some(db), applied }),
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, folder = %folder.display(), "quarantining an index that does not open");
+                Self::start_empty(folder)
+            }
+        }
+    }
+
+    /// The last record that was applied.
+    pub fn applied(&self) -> Head {
+        self.applied
+    }
+
+    /// Empties the index unless it was made from this journal. It must not be ahead of it: opening the
+    /// journal with [`applied`](Self::applied) as a witness has seen to that.
+    ///
+    /// # Errors
+    /// The outer one if the journal cannot be read; the inner one as [`rebuild`](Self::rebuild).
+    pub fn bind(&mut self, journal: &dyn JournalReader) -> Result<Result<(), IndexError>, ReadError> {
+        if journal.hash_at(self.applied.seq)? == Some(self.applied.hash) {
+            return Ok(Ok(()));
+        }
+        tracing::warn!(applied = ?self.applied, "quarantining an index of another journal");
+        Ok(self.rebuild())
+    }
+
+    /// Moves the database aside and starts with an empty one, to be filled from the journal.
+    ///
+    /// # Errors
+    /// [`IndexError::Io`] or [`IndexError::Database`] if no empty one can be made, as on a full disk.
+    pub fn rebuild(&mut self) -> Result<(), IndexError> {
+        // Dropping flushes, which may panic on what made us come here.
+        let db = self.db.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+        *self = Self::start_empty(self.folder.clone())?;
+        Ok(())
+    }
+
+    /// Applies the changes of the records up to `head`: all of them and `head` itself, or none.
+    ///
+    /// # Errors
+    /// Nothing was applied. For [`IndexError::Database`] and [`IndexError::Panicked`] the index is of no
+    /// more use until [`rebuild`](Self::rebuild).
+    pub fn apply(&mut self, head: &Head, ops: &[IndexOp]) -> Result<(), IndexError> {
+        let mut batch = Batch::default();
+        for op in ops {
+            op.check()?;
+            let key = key(op.table, &op.key);
+            match &op.value {
+                Some(value) => batch.insert(key, value.as_slice()),
+                None => batch.remove(key),
+            }
+        }
+        batch.insert(APPLIED_KEY, encode_head(head).as_slice());
+        self.guarded("write to", |db| {
+            let applied: TransactionResult<(), Infallible> =
+                db.transaction(|tree| Ok(tree.apply_batch(&batch)?));
+            applied.map_err(|error| match error {
+                TransactionError::Storage(error) => error,
+                TransactionError::Abort(never) => match never {},
+            })
+        })?;
+        self.applied = *head;
+        Ok(())
+    }
+
+    /// The value under `key`.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, IndexError> {
+        let value = self.guarded("read from", |db| db.get(self::key(table, key)))?;
+        Ok(value.map(|value| value.to_vec()))
+    }
+
+    /// One page of entries.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn page(&self, table: Table, page: &Page) -> Result<Vec<Entry>, IndexError> {
+        let limit = page.limit.min(PAGE_ENTRIES_MAX);
+        let prefix = key(table, &page.prefix);
+        let after = page.after.as_ref().map(|after| key(table, after));
+        let past = |key: &IVec| match (&after, page.order) {
+            (None, _) => true,
+            (Some(after), Order::Ascending) => key.as_ref() > after.as_slice(),
+            (Some(after), Order::Descending) => key.as_ref() < after.as_slice(),
+        };
+        let start = after.as_ref().filter(|after| after.starts_with(&prefix)).unwrap_or(&prefix);
+        self.guarded("read from", |db| {
+            let entries: Box<dyn Iterator<Item = sled::Result<(IVec, IVec)>>> = match page.order {
+                Order::Ascending => {
+                    Box::new(db.range(start.clone()..).take_while(|entry| within(entry, &prefix)))
+                }
+                Order::Descending => match after.as_ref().filter(|after| after.starts_with(&prefix)) {
+                    Some(after) => {
+                        Box::new(db.range(..after.clone()).rev().take_while(|entry| within(entry, &prefix)))
+                    }
+                    None => Box::new(db.scan_prefix(&prefix).rev()),
+                },
+            };
+            entries
+                .filter(|entry| entry.as_ref().map_or(true, |(key, _)| past(key)))
+                .take(limit)
+                .map(|entry| entry.map(|(key, value)| (key[1..].to_vec(), value.to_vec())))
+                .collect()
+        })
+    }
+
+    fn start_empty(folder: PathBuf) -> Result<Self, IndexError> {
+        quarantine(&folder)?;
+        let (db, applied) = open(&folder)?;
+        Ok(Self { folder, db: Some(db), applied })
+    }
+
+    fn guarded<T>(
+        &self,
+        attempt: &'static str,
+        work: impl FnOnce(&Db) -> sled::Result<T>,
+    ) -> Result<T, IndexError> {
+        let Some(db) = &self.db else { return Err(IndexError::Panicked { attempt }) };
+        guarded(attempt, || work(db))
+    }
+}
+
+impl IndexOp {
+    fn check(&self) -> Result<(), IndexError> {
+        if self.key.len() > KEY_BYTES_MAX {
+            return Err(IndexError::KeyTooLarge { bytes: self.key.len() });
+        }
+        match &self.value {
+            Some(value) if value.len() > VALUE_BYTES_MAX => {
+                Err(IndexError::ValueTooLarge { bytes: value.len() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn open(folder: &Path) -> Result<(Db, Head), IndexError> {
+    disk::ensure_folder(folder).map_err(|source| IndexError::Io {
+        attempt: "make",
+        path: folder.into(),
+        source,
+    })?;
+    let config = sled::Config::new()
+        .path(folder)
+        .cache_capacity(CACHE_BYTES)
+        .mode(Mode::LowSpace)
+        .use_compression(false)
+        .flush_every_ms(Some(FLUSH_EVERY_MILLIS));
+    let db = guarded("open", || config.open())?;
+    let applied = guarded("read from", || db.get(APPLIED_KEY))?;
+    let applied = match applied {
+        None => Head::EMPTY,
+        Some(bytes) => decode_head(&bytes).ok_or(IndexError::Database {
+            attempt: "read from",
+            source: sled::Error::ReportableBug("the applied head is malformed".to_owned()),
+        })?,
+    };
+    Ok((db, applied))
+}
+
+/// Moves the folder aside, in place of one that was moved aside before.
+fn quarantine(folder: &Path) -> Result<(), IndexError> {
+    let aside = folder.with_extension(QUARANTINE);
+    let gone = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    gone(fs::remove_dir_all(&aside)).map_err(|source| IndexError::Io {
+        attempt: "remove",
+        path: aside.clone(),
+        source,
+    })?;
+    gone(fs::rename(folder, &aside)).map_err(|source| IndexError::Io {
+        attempt: "rename",
+        path: folder.into(),
+        source,
+    })
+}
+
+fn guarded<T>(attempt: &'static str, work: impl FnOnce() -> sled::Result<T>) -> Result<T, IndexError> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|source| IndexError::Database { attempt, source }),
+        Err(_) => Err(IndexError::Panicked { attempt }),
+    }
+}
+
+fn within(entry: &sled::Result<(IVec, IVec)>, prefix: &[u8]) -> bool {
+    entry.as_ref().map_or(true, |(key, _)| key.starts_with(prefix))
+}
+
+fn key(table: Table, key: &[u8]) -> Vec<u8> {
+    let mut full = Vec::with_capacity(1 + key.len());
+    full.push(table as u8);
+    full.extend_from_slice(key);
+    full
+}
+
+fn encode_head(head: &Head) -> [u8; 40] {
+    let mut bytes = [0; 40];
+    bytes[..8].copy_from_slice(&head.seq.to_be_bytes());
+    bytes[8..].copy_from_slice(&head.hash);
+    bytes
+}
+
+fn decode_head(bytes: &[u8]) -> Option<Head> {
+    let (seq, hash) = bytes.split_first_chunk::<8>()?;
+    Some(Head { seq: u64::from_be_bytes(*seq), hash: hash.try_into().ok()? })
+}

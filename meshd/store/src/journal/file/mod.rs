@@ -1,0 +1,241 @@
+mod frame;
+mod head;
+mod reader;
+mod recovery;
+pub(crate) mod segment;
+
+pub use frame::Damage;
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use self::{
+    head::HeadFile,
+    reader::{FileReader, SharedCatalog},
+    recovery::Recovered,
+    segment::{Segment, reserve},
+};
+use super::{Append, AppendError, EncodedRecord, Head, Journal, JournalReader, ReadError, check_batch};
+use crate::disk;
+
+/// Bytes of a segment, unless one frame alone needs more.
+pub const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
+
+/// How a file journal is opened.
+#[derive(Debug, Clone)]
+pub struct FileOptions {
+    /// Bytes that a new segment takes on disk.
+    pub segment_bytes: u64,
+    /// What other files say was acknowledged; a journal that ends before is refused.
+    pub witnesses: Vec<Witness>,
+}
+
+/// A place outside the journal that knows how far it went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Witness {
+    pub name: String,
+    pub seq: u64,
+}
+
+impl Default for FileOptions {
+    fn default() -> Self {
+        Self { segment_bytes: SEGMENT_BYTES, witnesses: Vec::new() }
+    }
+}
+
+/// Why a journal was not opened. Nothing on disk was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error("record {seq} is damaged ({damage}) at byte {offset} of {}; {evidence}, so it is not cut", path.display())]
+    Damaged { seq: u64, path: PathBuf, offset: u64, damage: Damage, evidence: Evidence },
+    #[error("state ahead of journal: {witness} has record {acknowledged}, the journal ends at {head}")]
+    Ahead { witness: String, acknowledged: u64, head: u64 },
+    #[error("record {seq} is not the one that was acknowledged")]
+    Forked { seq: u64 },
+    #[error("record {seq} is missing: the next segment begins at {found}")]
+    Missing { seq: u64, found: u64 },
+    #[error("cannot {attempt} {}", path.display())]
+    Io { attempt: &'static str, path: PathBuf, source: io::Error },
+}
+
+/// Why damage cannot be the rest of a write that was never acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Evidence {
+    /// This file says that the record was acknowledged.
+    Acknowledged { witness: String },
+    /// A whole frame stands after it.
+    FrameFollows { seq: u64 },
+    /// A whole segment stands after it.
+    SegmentFollows,
+    /// Its checksums are right, so no write was interrupted.
+    Whole,
+}
+
+impl fmt::Display for Evidence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Acknowledged { witness } => write!(f, "{witness} says it was acknowledged"),
+            Self::FrameFollows { seq } => write!(f, "record {seq} follows it"),
+            Self::SegmentFollows => f.write_str("a segment follows it"),
+            Self::Whole => f.write_str("it was not written so by accident"),
+        }
+    }
+}
+
+/// A journal in a folder of segment files.
+pub struct FileJournal {
+    folder: PathBuf,
+    options: FileOptions,
+    catalog: Arc<SharedCatalog>,
+    head: Head,
+    active: Option<Active>,
+    head_file: HeadFile,
+    broken: bool,
+}
+
+/// The segment that is written.
+struct Active {
+    segment: Segment,
+    file: File,
+    /// Where the next frame goes.
+    end: u64,
+    /// Bytes that the file has on disk.
+    room: u64,
+}
+
+impl FileJournal {
+    /// Opens the journal in `folder`, which must be ours alone (see [`StateDir`](crate::StateDir)),
+    /// checks every record, and cuts a last frame that was not written to its end.
+    ///
+    /// # Errors
+    /// Whatever else is wrong refuses the journal and changes nothing on disk.
+    pub fn open(folder: &Path, options: FileOptions) -> Result<Self, JournalError> {
+        let Recovered { catalog, end, tail, leftovers } = recovery::recover(folder, &options.witnesses)?;
+        let head = catalog.head;
+        if let Some(tail) = tail {
+            tail.cut()?;
+        }
+        for path in leftovers {
+            fs::remove_file(&path).map_err(|source| failed("remove", &path, source))?;
+        }
+        let active = match catalog.segments.last() {
+            Some(segment) => Some(Active::open(segment, end)?),
+            None => None,
+        };
+        let head_file =
+            HeadFile::open(folder).map_err(|source| failed("open", &folder.join(head::FILE), source))?;
+        let catalog = SharedCatalog::new(catalog);
+        Ok(Self { folder: folder.to_owned(), options, catalog, head, active, head_file, broken: false })
+    }
+
+    /// Writes the frame where nothing was and syncs it. The outer error is a write that was surely undone;
+    /// the inner one leaves it unknown.
+    fn write(&mut self, frame: &[u8]) -> Result<io::Result<()>, AppendError> {
+        let segment_bytes = self.options.segment_bytes;
+        let length = frame.len() as u64;
+        // An empty segment takes even a frame that is larger than a segment.
+        let fits = |active: &&mut Active| active.end == 0 || active.end + length <= segment_bytes;
+        let active = match self.active.as_mut().filter(fits) {
+            Some(active) => active,
+            None => {
+                let active =
+                    Active::create(Segment::at(&self.folder, self.head.seq + 1), segment_bytes, length)
+                        .map_err(refused)?;
+                self.catalog.add_segment(active.segment.clone());
+                self.active.insert(active)
+            }
+        };
+        active.room =
+            reserve(&active.file, active.room, segment_bytes, active.end + length).map_err(refused)?;
+        if let Err(source) = active.file.write_all_at(frame, active.end) {
+            // What was written must not be found later, whatever of it reached the disk.
+            return match active.file.set_len(active.end).and_then(|()| active.file.sync_all()) {
+                Ok(()) => {
+                    active.room = active.end;
+                    Err(refused(source))
+                }
+                Err(_) => Ok(Err(source)),
+            };
+        }
+        Ok(active.file.sync_data())
+    }
+}
+
+impl Journal for FileJournal {
+    fn head(&self) -> Head {
+        self.head
+    }
+
+    fn append(&mut self, expected: &Head, records: &[EncodedRecord]) -> Result<Append, AppendError> {
+        if self.broken {
+            return Err(AppendError::Broken);
+        }
+        check_batch(records)?;
+        if *expected != self.head {
+            return Ok(Append::Conflict { head: self.head });
+        }
+        let (frame, head) = frame::encode(&self.head, records);
+        if let Err(source) = self.write(&frame)? {
+            self.broken = true;
+            return Ok(Append::Unknown { source });
+        }
+        // Commit point.
+        let active = self.active.as_mut().expect("the frame was written to a segment");
+        let start = active.end;
+        active.end += frame.len() as u64;
+        self.head = head;
+        self.catalog.advance(expected.seq + 1, start, head);
+        if let Err(error) = self.head_file.store(&head) {
+            tracing::warn!(error = &error as &dyn std::error::Error, "cannot write the journal's head file");
+        }
+        Ok(Append::Appended { head })
+    }
+
+    fn reader(&self) -> Box<dyn JournalReader> {
+        Box::new(FileReader::new(Arc::clone(&self.catalog)))
+    }
+}
+
+impl fmt::Debug for FileJournal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileJournal")
+            .field("folder", &self.folder)
+            .field("head", &self.head)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Active {
+    /// Reopens the last segment, whose last frame ends at `end`.
+    fn open(segment: &Segment, end: u64) -> Result<Self, JournalError> {
+        let file = File::options().read(true).write(true).open(&segment.path);
+        let file = file.map_err(|source| failed("open", &segment.path, source))?;
+        // The room after the last frame is asked for again at the first append: a copy of the file, as
+        // from a backup, has its length but not its blocks.
+        Ok(Self { segment: segment.clone(), file, end, room: end })
+    }
+
+    fn create(segment: Segment, bytes: u64, least: u64) -> io::Result<Self> {
+        let (file, room) = segment.create(bytes, least)?;
+        Ok(Self { segment, file, end: 0, room })
+    }
+}
+
+fn refused(source: io::Error) -> AppendError {
+    if disk::is_full(&source) { AppendError::Full { source } } else { AppendError::Io { source } }
+}
+
+fn failed(attempt: &'static str, path: &Path, source: io::Error) -> JournalError {
+    JournalError::Io { attempt, path: path.to_owned(), source }
+}
+
+/// A damaged frame as a reader reports it.
+fn damaged(seq: u64, segment: &Segment, offset: u64, damage: Damage) -> ReadError {
+    ReadError::Damaged { seq, path: segment.path.clone(), offset, damage }
+}

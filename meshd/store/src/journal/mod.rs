@@ -1,0 +1,144 @@
+//! The append-only, hash-chained log.
+//!
+//! A record is opaque bytes with the id of the operation that made it and the time it was made. Its
+//! hash covers the hash before it, so that one hash, a [`Head`], stands for all of the past.
+
+mod file;
+mod memory;
+mod record;
+
+pub(crate) use file::segment::number as file_number;
+pub use file::{Damage, Evidence, FileJournal, FileOptions, JournalError, SEGMENT_BYTES, Witness};
+pub use memory::{Fault, Faults, MemoryJournal};
+pub use record::{EncodedRecord, Head, StoredRecord, chain_hash};
+
+use std::{io, path::PathBuf};
+
+/// Largest bytes of one record.
+pub const RECORD_BYTES_MAX: usize = 1024 * 1024;
+/// Most records of one append.
+pub const RECORDS_PER_FRAME_MAX: usize = 4096;
+/// Largest sum of the records of one append, as stored.
+pub const FRAME_BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// An append-only log with one writer.
+pub trait Journal: Send {
+    /// The end of what is durable.
+    fn head(&self) -> Head;
+
+    /// Adds `records` after `expected`: all of them or none.
+    ///
+    /// # Errors
+    /// In every case nothing was appended, now or later, and the journal may be used on unless it says
+    /// [`AppendError::Broken`]. What may or may not have been appended is no error but
+    /// [`Append::Unknown`].
+    fn append(&mut self, expected: &Head, records: &[EncodedRecord]) -> Result<Append, AppendError>;
+
+    /// A handle for reading, for any thread, also while records are appended.
+    fn reader(&self) -> Box<dyn JournalReader>;
+
+    /// The records from `from_seq` (the first is 1) to the head as it is now.
+    fn read(&self, from_seq: u64) -> Records {
+        self.reader().read(from_seq)
+    }
+}
+
+/// Reads a journal that another thread may be writing.
+pub trait JournalReader: Send + Sync {
+    /// The end of what is durable.
+    fn head(&self) -> Head;
+
+    /// The records from `from_seq` (the first is 1) to the head as it is now. Every record's hash is
+    /// checked against its predecessor; the first error ends the iteration.
+    fn read(&self, from_seq: u64) -> Records;
+
+    /// The hash of the record at `seq`, or of the empty journal for 0; `None` past the head.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn hash_at(&self, seq: u64) -> Result<Option<[u8; 32]>, ReadError> {
+        match seq {
+            0 => Ok(Some(Head::EMPTY.hash)),
+            _ => Ok(self.read(seq).next().transpose()?.map(|record| record.hash)),
+        }
+    }
+}
+
+/// An iteration over records; it owns all it needs.
+pub type Records = Box<dyn Iterator<Item = Result<StoredRecord, ReadError>> + Send>;
+
+/// What became of an append.
+#[derive(Debug)]
+pub enum Append {
+    /// The records are durable and end at `head`.
+    Appended { head: Head },
+    /// Nothing was appended, because the journal does not end where the caller thought.
+    Conflict { head: Head },
+    /// The records may be there or not: look for their operation ids, in a new process if the journal is
+    /// a file. A failed sync must never be retried: the kernel may have dropped the pages it could not
+    /// write, and would report success (fsync(2)).
+    Unknown { source: io::Error },
+}
+
+/// Why an append was not attempted or was wholly undone.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    #[error("an append needs at least one record")]
+    Empty,
+    #[error("record of {bytes} bytes is larger than {RECORD_BYTES_MAX}")]
+    RecordTooLarge { bytes: usize },
+    #[error("{records} records at once are more than {RECORDS_PER_FRAME_MAX}")]
+    TooManyRecords { records: usize },
+    #[error("records of {bytes} bytes at once are more than {FRAME_BODY_BYTES_MAX}")]
+    FrameTooLarge { bytes: usize },
+    #[error("the disk is full")]
+    Full { source: io::Error },
+    #[error("cannot write to the journal")]
+    Io { source: io::Error },
+    #[error("the journal is closed, because the outcome of an earlier append is unknown")]
+    Broken,
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("cannot read {}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("record {seq} is damaged ({damage}) at byte {offset} of {}", path.display())]
+    Damaged { seq: u64, path: PathBuf, offset: u64, damage: Damage },
+    #[error("record {seq} is missing from {}", path.display())]
+    Missing { seq: u64, path: PathBuf },
+}
+
+/// Looks for the record of an operation, to resolve an [`Append::Unknown`].
+///
+/// # Errors
+/// If a record from `from_seq` on cannot be read.
+pub fn find_operation(
+    reader: &dyn JournalReader,
+    from_seq: u64,
+    operation: &[u8; 16],
+) -> Result<Option<StoredRecord>, ReadError> {
+    reader
+        .read(from_seq)
+        .find(|record| record.as_ref().map_or(true, |record| record.op_id == *operation))
+        .transpose()
+}
+
+/// Refuses what no journal takes.
+fn check_batch(records: &[EncodedRecord]) -> Result<(), AppendError> {
+    if records.is_empty() {
+        return Err(AppendError::Empty);
+    }
+    if records.len() > RECORDS_PER_FRAME_MAX {
+        return Err(AppendError::TooManyRecords { records: records.len() });
+    }
+    if let Some(record) = records.iter().find(|record| record.bytes.len() > RECORD_BYTES_MAX) {
+        return Err(AppendError::RecordTooLarge { bytes: record.bytes.len() });
+    }
+    let bytes = records.iter().map(EncodedRecord::stored_len).sum();
+    if bytes > FRAME_BODY_BYTES_MAX {
+        return Err(AppendError::FrameTooLarge { bytes });
+    }
+    Ok(())
+}

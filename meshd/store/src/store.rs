@@ -1,0 +1,118 @@
+use std::path::PathBuf;
+
+use crate::{
+    index::{Index, IndexError, IndexOp},
+    journal::Journal,
+    journal::{
+        FileJournal, FileOptions, Head, JournalError, JournalReader, ReadError, SEGMENT_BYTES, StoredRecord,
+        Witness,
+    },
+    snapshot::Snapshots,
+    state::{StateDir, StateError},
+};
+
+pub(crate) const JOURNAL_FOLDER: &str = "journal";
+const INDEX_FOLDER: &str = "index";
+/// Records whose changes go to the index in one transaction during a replay.
+const REPLAY_BATCH: usize = 256;
+
+/// How a store is opened.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Bytes of a new journal segment.
+    pub segment_bytes: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { segment_bytes: SEGMENT_BYTES }
+    }
+}
+
+/// All durable state of a controller, locked.
+#[derive(Debug)]
+pub struct Store {
+    /// Keep it as long as anything of the store is used: it holds the lock.
+    pub state: StateDir,
+    pub journal: FileJournal,
+    pub snapshots: Snapshots,
+    /// Bring it up to date with [`catch_up`].
+    pub index: Index,
+}
+
+/// Why a store was not opened. The journal on disk is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("cannot make an index")]
+    Index { source: IndexError },
+    #[error("cannot check the index against the journal")]
+    Bind { source: ReadError },
+    #[error("cannot replay the journal into the index")]
+    Replay { source: ReadError },
+}
+
+impl Store {
+    /// Locks and opens the state directory at `path`, made if its parent is there.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`], [`StateError::Newer`], [`StateError::Mode`]; [`JournalError`] if the journal
+    /// lost or changed something that was acknowledged. An unusable index or snapshot is no error.
+    pub fn open(path: impl Into<PathBuf>, options: StoreOptions) -> Result<Self, OpenError> {
+        let state = StateDir::open(path)?;
+        let folder = state.folder(JOURNAL_FOLDER)?;
+        // The index first, because it knows how far the journal went.
+        let index = Index::open(state.path().join(INDEX_FOLDER));
+        let mut index = index.map_err(|source| OpenError::Index { source })?;
+        let witnesses = vec![Witness { name: "the index".to_owned(), seq: index.applied().seq }];
+        let journal =
+            FileJournal::open(&folder, FileOptions { segment_bytes: options.segment_bytes, witnesses })?;
+        let bound = index.bind(&*journal.reader()).map_err(|source| OpenError::Bind { source })?;
+        bound.map_err(|source| OpenError::Index { source })?;
+        Ok(Self { state, journal, snapshots: Snapshots::new(folder), index })
+    }
+}
+
+/// Applies to the index what the journal has beyond it. `changes` says what a record means there; it
+/// must depend on the record alone. An index that fails on the way is rebuilt once.
+///
+/// # Errors
+/// If the journal cannot be read, or a rebuilt index fails as well.
+pub fn catch_up(
+    index: &mut Index,
+    journal: &dyn JournalReader,
+    mut changes: impl FnMut(&StoredRecord) -> Vec<IndexOp>,
+) -> Result<(), OpenError> {
+    match replay(index, journal, &mut changes) {
+        Err(OpenError::Index {
+            source: source @ (IndexError::Database { .. } | IndexError::Panicked { .. }),
+        }) => {
+            tracing::warn!(error = &source as &dyn std::error::Error, "rebuilding an index that failed");
+            index.rebuild().map_err(|source| OpenError::Index { source })?;
+            replay(index, journal, &mut changes)
+        }
+        other => other,
+    }
+}
+
+fn replay(
+    index: &mut Index,
+    journal: &dyn JournalReader,
+    changes: &mut impl FnMut(&StoredRecord) -> Vec<IndexOp>,
+) -> Result<(), OpenError> {
+    let mut records = journal.read(index.applied().seq + 1);
+    loop {
+        let mut head: Option<Head> = None;
+        let mut ops = Vec::new();
+        for record in records.by_ref().take(REPLAY_BATCH) {
+            let record = record.map_err(|source| OpenError::Replay { source })?;
+            ops.extend(changes(&record));
+            head = Some(record.head());
+        }
+        let Some(head) = head else { return Ok(()) };
+        index.apply(&head, &ops).map_err(|source| OpenError::Index { source })?;
+    }
+}

@@ -1,0 +1,11 @@
+//! What the store promises, on real files.
+
+mod conformance;
+mod damage;
+mod faults;
+mod golden;
+mod index;
+mod snapshots;
+mod state;
+mod support;
+mod torn_tails;
