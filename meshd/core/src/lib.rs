@@ -21,6 +21,7 @@ pub mod refusal;
 pub mod addresses;
 pub mod auth;
 pub mod policy;
+pub mod view;
 pub mod world;
 
 pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
@@ -31,3 +32,5 @@ pub use names::{DnsName, NameError, NodeName, OperatorName, PairName, Tag};
 pub use policy::Policy;
 pub use refusal::Refusal;
 pub use time::UtcTime;
+pub use view::{Delta, Own, PeerView, View};
+pub use world::{Decision, World};

@@ -23,8 +23,6 @@ pub enum Refusal {
     IdentitySuperseded { serial: Serial },
     #[error("identity {serial} expired {} s ago, longer than the resume window", .ago.as_secs())]
     ResumeWindowPassed { serial: Serial, ago: Duration },
-    #[error("identity {serial} has not expired, there is nothing to resume")]
-    NotExpired { serial: Serial },
 
     // Tokens.
     #[error("token {id} is not known")]

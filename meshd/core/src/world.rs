@@ -1,5 +1,449 @@
-//! The fold of the journal.
+//! The fold of the journal: what the mesh is now, who may change it, what a command would change.
+//!
+//! [`World::decide`] says what a command would do, [`World::apply`] does it. Whatever must be atomic is
+//! checked in `decide`, which one writer runs in order; so nothing can slip in between check and act.
 
+mod apply;
+mod decide;
+mod index;
 mod state;
 
-pub use state::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::Ipv6Net;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use self::decide::Decision;
+use self::index::Index;
+pub use self::state::*;
+use crate::addresses;
+use crate::certificate::{CaRecord, Owner, Reason};
+use crate::change::{Change, Record};
+use crate::command::{Actor, Request, Role};
+use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
+use crate::limits::{CLOCK_JUMP_MAX, RESUME_WINDOW};
+use crate::names::{self, DnsName, NodeName, OperatorName};
+use crate::policy::{Policy, Selector, Subject};
+use crate::refusal::Refusal;
+use crate::time::UtcTime;
+
+/// The state of a mesh after some record of its journal. A plain value: two worlds that applied the same
+/// records are equal. Serialises as its snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct World {
+    state: State,
+    /// Derived from `state`; never serialised.
+    index: Index,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    mesh: Option<Mesh>,
+    head_seq: u64,
+    last_time: UtcTime,
+    clock_held: bool,
+    /// The controller's newest certificate.
+    controller: Option<Serial>,
+    nodes: BTreeMap<NodeId, Node>,
+    /// Indexes of removed nodes: never given again.
+    retired: BTreeSet<NodeId>,
+    highest_node: u32,
+    certificates: BTreeMap<Serial, CertificateState>,
+    tokens: BTreeMap<TokenId, Token>,
+    operators: BTreeMap<OperatorName, Operator>,
+    blocked_keys: BTreeSet<KeyHash>,
+    blocked_wireguard: BTreeSet<WgKey>,
+    policy: Policy,
+    policy_toml: String,
+    policy_version: u64,
+    crls: BTreeMap<KeyId, BTreeMap<u16, CrlState>>,
+    operations: BTreeMap<OperationId, Operation>,
+    touched: VecDeque<(u64, Touched)>,
+    /// Touches of records up to this one are forgotten.
+    touched_floor: u64,
+    pruned_at: UtcTime,
+}
+
+/// Sequence numbers, time, and the mesh as a whole.
+impl World {
+    /// The world before the first record.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sequence number of the last record applied; 0 before the first.
+    pub fn head_seq(&self) -> u64 {
+        self.state.head_seq
+    }
+
+    /// Time of the last record.
+    pub fn last_time(&self) -> UtcTime {
+        self.state.last_time
+    }
+
+    /// Whether time-dependent commands wait until somebody confirms the clock.
+    pub fn clock_held(&self) -> bool {
+        self.state.clock_held
+    }
+
+    /// The time of the next record when the clock says `clock`: never before the last record's, and
+    /// standing still while the clock is held, so that nothing expires by a wrong clock.
+    pub fn record_time(&self, clock: UtcTime) -> UtcTime {
+        if self.state.clock_held { self.state.last_time } else { clock.max(self.state.last_time) }
+    }
+
+    /// Whether the clock ran so far ahead of `expected` (the last reading plus what the monotonic clock
+    /// counted since) that the caller must give [`Command::HoldClock`](crate::Command::HoldClock).
+    pub fn clock_jumped(expected: UtcTime, clock: UtcTime) -> bool {
+        clock.since(expected) > CLOCK_JUMP_MAX
+    }
+
+    /// What was fixed at creation; `None` before the first record.
+    pub fn mesh(&self) -> Option<&Mesh> {
+        self.state.mesh.as_ref()
+    }
+
+    pub fn domain(&self) -> Option<&DnsName> {
+        self.mesh().map(|mesh| &mesh.domain)
+    }
+
+    pub fn fleet(&self) -> Option<&str> {
+        self.mesh().map(|mesh| mesh.fleet.as_str())
+    }
+
+    pub fn mesh_id(&self) -> Option<&[u8; 16]> {
+        self.mesh().map(|mesh| &mesh.mesh_id)
+    }
+
+    pub fn cas(&self) -> &[CaRecord] {
+        self.mesh().map_or(&[], |mesh| &mesh.cas)
+    }
+
+    pub fn ipv6_prefix(&self) -> Option<Ipv6Net> {
+        self.mesh().map(Mesh::ipv6_prefix)
+    }
+
+    pub fn ipv6_of(&self, node: NodeId) -> Option<Ipv6Addr> {
+        self.mesh().map(|mesh| mesh.ipv6_of(node))
+    }
+
+    /// The record of a decision that was taken on this world.
+    pub fn record(&self, at: UtcTime, request: &Request, changes: Vec<Change>) -> Record {
+        Record {
+            operation: request.operation,
+            at: at.max(self.state.last_time),
+            actor: request.actor.clone(),
+            who: self.who(&request.actor),
+            action: request.command.kind().action().to_owned(),
+            changes,
+        }
+    }
+
+    /// The actor as the audit log shows it, e.g. `node web-1`.
+    pub fn who(&self, actor: &Actor) -> String {
+        match actor {
+            Actor::Node { id, .. } => match self.node(*id) {
+                Some(node) => format!("node {}", node.name),
+                None => actor.to_string(),
+            },
+            _ => actor.to_string(),
+        }
+    }
+
+    /// A request that took effect within the last 24 hours.
+    pub fn operation(&self, id: &OperationId) -> Option<&Operation> {
+        self.state.operations.get(id)
+    }
+
+    /// What records after `seq` touched. `None` when `seq` is too old, or ahead of this world.
+    pub fn touched_since(&self, seq: u64) -> Option<Touched> {
+        if seq < self.state.touched_floor || seq > self.state.head_seq {
+            return None;
+        }
+        let mut all = Touched::default();
+        let first = self.state.touched.partition_point(|(at, _)| *at <= seq);
+        self.state.touched.range(first..).for_each(|(_, touched)| all.merge(touched));
+        Some(all)
+    }
+}
+
+/// Nodes and addresses.
+impl World {
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.state.nodes.get(&id)
+    }
+
+    pub fn node_by_name(&self, name: &NodeName) -> Option<&Node> {
+        self.index.node_by_name.get(name).and_then(|id| self.node(*id))
+    }
+
+    /// Pending, active and revoked nodes, by index.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.state.nodes.values()
+    }
+
+    /// The node that uses or ever used a WireGuard key.
+    pub fn node_by_wireguard(&self, key: &WgKey) -> Option<&Node> {
+        self.index.node_by_wireguard.get(key).and_then(|id| self.node(*id))
+    }
+
+    /// One past the highest index ever used.
+    pub fn next_node_id(&self) -> NodeId {
+        NodeId(self.state.highest_node.saturating_add(1))
+    }
+
+    /// Whether an index was never used.
+    pub fn node_id_free(&self, id: NodeId) -> bool {
+        id.0 > 0 && !self.state.nodes.contains_key(&id) && !self.state.retired.contains(&id)
+    }
+
+    /// Whether a pool address has no node and no unexpired certificate names it.
+    pub fn ipv4_free(&self, address: Ipv4Addr) -> bool {
+        self.mesh().is_some_and(|mesh| addresses::is_host(&mesh.ipv4_pool, address))
+            && !self.index.node_by_ipv4.contains_key(&address)
+            && !self.index.serials_by_name.contains_key(&IpAddr::V4(address).to_string())
+    }
+
+    /// Free pool addresses, beginning at the one whose host part is the next node's index.
+    pub fn free_ipv4(&self) -> impl Iterator<Item = Ipv4Addr> {
+        let start = self.next_node_id().0;
+        let hosts = self.mesh().map(|mesh| addresses::hosts_from(mesh.ipv4_pool, start));
+        hosts.into_iter().flatten().filter(|address| self.ipv4_free(*address))
+    }
+
+    /// Who owns a name; `None` for free names and those outside the domain.
+    pub fn owner_of_name(&self, name: &DnsName) -> Option<NameOwner> {
+        let mesh = self.mesh()?;
+        if *name == mesh.domain {
+            return Some(NameOwner::Reserved);
+        }
+        let label = name.label_under(&mesh.domain)?;
+        if label == mesh.controller_name {
+            return Some(NameOwner::Controller);
+        }
+        if names::is_reserved(label) {
+            return Some(NameOwner::Reserved);
+        }
+        let node = NodeName::try_from(label).ok().and_then(|label| self.index.node_by_name.get(&label));
+        if let Some(node) = node {
+            return Some(NameOwner::Node(*node));
+        }
+        if self.policy().grants(name) {
+            return Some(NameOwner::Grant);
+        }
+        let serials = self.index.serials_by_name.get(name.as_str()).into_iter().flatten();
+        let mut live = serials.filter_map(|serial| self.certificate(serial));
+        live.find(|certificate| {
+            matches!(certificate.owner, Owner::Detached { .. }) && certificate.is_live(self.last_time())
+        })
+        .map(|certificate| NameOwner::Detached(certificate.serial))
+    }
+
+    /// Service names that policy grants to an active node, sorted.
+    pub fn granted_names(&self, node: NodeId) -> BTreeSet<DnsName> {
+        match self.node(node) {
+            Some(node) if node.state == NodeState::Active => {
+                self.policy().granted(subject(node)).into_iter().cloned().collect()
+            }
+            _ => BTreeSet::new(),
+        }
+    }
+
+    /// Pairs of a node that must not be issued until somebody on the node asks again by hand.
+    pub fn stopped_names(&self, node: NodeId) -> BTreeSet<String> {
+        self.node(node).map(|node| node.stopped.keys().cloned().collect()).unwrap_or_default()
+    }
+}
+
+/// Certificates, keys and CRLs.
+impl World {
+    pub fn certificate(&self, serial: &Serial) -> Option<&CertificateState> {
+        self.state.certificates.get(serial)
+    }
+
+    /// Live certificates, and ended ones that are still needed, by serial.
+    pub fn certificates(&self) -> impl Iterator<Item = &CertificateState> {
+        self.state.certificates.values()
+    }
+
+    /// Certificates of a node and its services.
+    pub fn certificates_of(&self, node: NodeId) -> impl Iterator<Item = &CertificateState> {
+        let serials = self.index.serials_by_node.get(&node).into_iter().flatten();
+        serials.filter_map(|serial| self.certificate(serial))
+    }
+
+    /// The controller's newest certificate.
+    pub fn controller_serial(&self) -> Option<Serial> {
+        self.state.controller
+    }
+
+    pub fn key_blocked(&self, key: &KeyHash) -> bool {
+        self.state.blocked_keys.contains(key)
+    }
+
+    pub fn wireguard_key_blocked(&self, key: &WgKey) -> bool {
+        self.state.blocked_wireguard.contains(key)
+    }
+
+    /// What the next CRL of a shard must list: revoked, and not yet on a CRL signed after their expiry
+    /// (RFC 5280 §3.3), by serial.
+    pub fn revoked_entries(&self, issuer: &KeyId, shard: u16) -> Vec<(Serial, UtcTime, Reason)> {
+        let serials = self.index.revoked.get(&(issuer.clone(), shard)).into_iter().flatten();
+        let revoked = serials.filter_map(|serial| self.certificate(serial)).filter(|c| !self.is_off_crl(c));
+        revoked.filter_map(|c| c.revoked.map(|revoked| (c.serial, revoked.at, revoked.reason))).collect()
+    }
+
+    pub fn crl(&self, issuer: &KeyId, shard: u16) -> Option<&CrlState> {
+        self.state.crls.get(issuer)?.get(&shard)
+    }
+
+    /// The newest CRL of every issuer and shard.
+    pub fn crls(&self) -> impl Iterator<Item = &CrlState> {
+        self.state.crls.values().flat_map(BTreeMap::values)
+    }
+
+    /// 0 before the first CRL.
+    pub fn last_crl_number(&self, issuer: &KeyId, shard: u16) -> u64 {
+        self.crl(issuer, shard).map_or(0, |crl| crl.number)
+    }
+
+    /// Whether a CRL signed after its expiry has listed it, so that it may leave.
+    fn is_off_crl(&self, certificate: &CertificateState) -> bool {
+        let crl = self.crl(&certificate.issuer_key_id, certificate.shard);
+        crl.is_some_and(|crl| crl.this_update >= certificate.not_after)
+    }
+}
+
+/// Tokens, operators and policy.
+impl World {
+    /// A join or login token.
+    pub fn token(&self, id: &TokenId) -> Option<&Token> {
+        self.state.tokens.get(id)
+    }
+
+    pub fn tokens(&self) -> impl Iterator<Item = &Token> {
+        self.state.tokens.values()
+    }
+
+    pub fn operator(&self, name: &OperatorName) -> Option<&Operator> {
+        self.state.operators.get(name)
+    }
+
+    pub fn operators(&self) -> impl Iterator<Item = &Operator> {
+        self.state.operators.values()
+    }
+
+    pub fn policy(&self) -> &Policy {
+        &self.state.policy
+    }
+
+    /// The policy as it was written.
+    pub fn policy_toml(&self) -> &str {
+        &self.state.policy_toml
+    }
+
+    /// Rises by one at each change, from 1.
+    pub fn policy_version(&self) -> u64 {
+        self.state.policy_version
+    }
+
+    /// What a policy says without effect: tags that no node has, nodes that do not exist.
+    pub fn policy_warnings(&self, policy: &Policy) -> Vec<String> {
+        let selectors: BTreeSet<&Selector> = policy.selectors().collect();
+        let idle = selectors.into_iter().filter(|selector| match selector {
+            Selector::Any => false,
+            Selector::Tag(tag) => !self.nodes().any(|node| node.tags.contains(tag)),
+            Selector::Node(name) => self.node_by_name(name).is_none(),
+        });
+        idle.map(|selector| format!("{selector} matches no node")).collect()
+    }
+}
+
+/// Who somebody is.
+impl World {
+    /// The caller that a verified certificate speaks for, at `at`. The look-up on every RPC.
+    ///
+    /// # Errors
+    /// [`Refusal::IdentityUnknown`] also for certificates that are no identity (services, the controller).
+    pub fn authenticate(&self, serial: Serial, at: UtcTime) -> Result<Actor, Refusal> {
+        let (certificate, actor) = self.identity(serial)?;
+        if at >= certificate.not_after {
+            return Err(Refusal::IdentityExpired { serial, ago: at.since(certificate.not_after) });
+        }
+        Ok(actor)
+    }
+
+    /// The node whose identity may have expired within the resume window; good for one thing, a new identity.
+    ///
+    /// # Errors
+    /// As [`authenticate`](Self::authenticate), and [`Refusal::ResumeWindowPassed`].
+    pub fn authenticate_resume(&self, serial: Serial, at: UtcTime) -> Result<Actor, Refusal> {
+        let (certificate, actor) = self.identity(serial)?;
+        let Actor::Node { id, .. } = actor else {
+            return Err(Refusal::IdentityUnknown { serial });
+        };
+        let ago = at.since(certificate.not_after);
+        if ago > RESUME_WINDOW {
+            return Err(Refusal::ResumeWindowPassed { serial, ago });
+        }
+        // The one before the last counts only while the node may never have received the last.
+        let proved = self.node(id).is_some_and(|node| node.proved && node.previous == Some(serial));
+        if proved { Err(Refusal::IdentitySuperseded { serial }) } else { Ok(actor) }
+    }
+
+    /// An unrevoked identity that has not been replaced, whatever its age.
+    fn identity(&self, serial: Serial) -> Result<(&CertificateState, Actor), Refusal> {
+        let unknown = Refusal::IdentityUnknown { serial };
+        let certificate = self.certificate(&serial).ok_or(unknown.clone())?;
+        if let Some(revoked) = certificate.revoked {
+            return Err(Refusal::IdentityRevoked { serial, reason: revoked.reason });
+        }
+        match &certificate.owner {
+            Owner::Node(id) => {
+                let node = self.node(*id).ok_or(unknown.clone())?;
+                if let NodeState::Revoked { reason, .. } = node.state {
+                    return Err(Refusal::IdentityRevoked { serial, reason });
+                }
+                let current = node.current.as_ref().map(|identity| identity.serial);
+                if current != Some(serial) && node.previous != Some(serial) {
+                    return Err(Refusal::IdentitySuperseded { serial });
+                }
+                Ok((certificate, Actor::Node { id: *id, serial }))
+            }
+            Owner::Operator(name) => {
+                let operator = self.operator(name).ok_or(unknown.clone())?;
+                if operator.serial != Some(serial) {
+                    return Err(Refusal::IdentitySuperseded { serial });
+                }
+                Ok((certificate, Actor::Operator { name: name.clone(), serial }))
+            }
+            Owner::Controller { .. } | Owner::Service { .. } | Owner::Detached { .. } => Err(unknown),
+        }
+    }
+
+    /// The role of an operator.
+    pub fn role(&self, name: &OperatorName) -> Option<Role> {
+        self.operator(name).map(|operator| operator.role)
+    }
+}
+
+/// A node as the policy sees it.
+pub(crate) fn subject(node: &Node) -> Subject<'_> {
+    Subject { name: &node.name, tags: &node.tags }
+}
+
+/// A snapshot: everything but what can be derived.
+impl Serialize for World {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.state.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for World {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let state = State::deserialize(deserializer)?;
+        let index = Index::of(&state);
+        Ok(Self { state, index })
+    }
+}

@@ -58,6 +58,8 @@ pub struct Node {
     pub ipv4: Option<Ipv4Addr>,
     /// Newest first; two during a rotation.
     pub wireguard: Vec<WgKey>,
+    /// Every WireGuard key it ever vouched for: no other node may use them, and all end with the node.
+    pub vouched: BTreeSet<WgKey>,
     /// `None` while pending.
     pub current: Option<Identity>,
     /// Serial of the identity before [`current`](Self::current): valid until the next renewal, since the

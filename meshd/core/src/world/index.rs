@@ -1,0 +1,116 @@
+//! Look-ups derived from the state; rebuilt when a snapshot is read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use super::{CertificateState, Node, State};
+use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, WgKey};
+use crate::names::{DnsName, NodeName};
+use crate::time::UtcTime;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Index {
+    pub(super) node_by_name: BTreeMap<NodeName, NodeId>,
+    /// Every key that a node ever vouched for.
+    pub(super) node_by_wireguard: BTreeMap<WgKey, NodeId>,
+    pub(super) node_by_ipv4: BTreeMap<Ipv4Addr, NodeId>,
+    /// By the TLS key with which the node asked for entry.
+    pub(super) node_by_enrollment_key: BTreeMap<KeyHash, NodeId>,
+    pub(super) serials_by_key: BTreeMap<KeyHash, BTreeSet<Serial>>,
+    pub(super) serials_by_node: BTreeMap<NodeId, BTreeSet<Serial>>,
+    /// By host name, address and name of the pair.
+    pub(super) serials_by_name: BTreeMap<String, BTreeSet<Serial>>,
+    /// By the label directly under the domain.
+    pub(super) serials_by_label: BTreeMap<String, BTreeSet<Serial>>,
+    pub(super) revoked: BTreeMap<(KeyId, u16), BTreeSet<Serial>>,
+    pub(super) ends: BTreeSet<(UtcTime, Serial)>,
+    pub(super) operations: BTreeSet<(UtcTime, OperationId)>,
+}
+
+impl Index {
+    pub(super) fn of(state: &State) -> Self {
+        let mut index = Self::default();
+        let domain = state.mesh.as_ref().map(|mesh| &mesh.domain);
+        state.nodes.values().for_each(|node| index.add_node(node));
+        state.certificates.values().for_each(|certificate| index.add_certificate(certificate, domain));
+        index.operations = state.operations.iter().map(|(id, operation)| (operation.at, *id)).collect();
+        index
+    }
+
+    pub(super) fn add_node(&mut self, node: &Node) {
+        self.node_by_name.insert(node.name.clone(), node.id);
+        self.node_by_enrollment_key.insert(node.enrollment.key_hash, node.id);
+        self.node_by_wireguard.extend(node.vouched.iter().map(|key| (*key, node.id)));
+        self.node_by_ipv4.extend(node.ipv4.map(|address| (address, node.id)));
+    }
+
+    pub(super) fn remove_node(&mut self, node: &Node) {
+        self.node_by_name.remove(&node.name);
+        self.node_by_enrollment_key.remove(&node.enrollment.key_hash);
+        for key in &node.vouched {
+            self.node_by_wireguard.remove(key);
+        }
+        if let Some(address) = node.ipv4 {
+            self.node_by_ipv4.remove(&address);
+        }
+    }
+
+    pub(super) fn add_certificate(&mut self, certificate: &CertificateState, domain: Option<&DnsName>) {
+        let serial = certificate.serial;
+        self.serials_by_key.entry(certificate.key_hash).or_default().insert(serial);
+        if let Some(node) = certificate.owner.node() {
+            self.serials_by_node.entry(node).or_default().insert(serial);
+        }
+        for name in names_of(certificate) {
+            self.serials_by_name.entry(name).or_default().insert(serial);
+        }
+        for label in labels_of(certificate, domain) {
+            self.serials_by_label.entry(label).or_default().insert(serial);
+        }
+        self.ends.insert((certificate.not_after, serial));
+        if certificate.revoked.is_some() {
+            self.add_revoked(certificate);
+        }
+    }
+
+    pub(super) fn add_revoked(&mut self, certificate: &CertificateState) {
+        let list = (certificate.issuer_key_id.clone(), certificate.shard);
+        self.revoked.entry(list).or_default().insert(certificate.serial);
+    }
+
+    pub(super) fn remove_certificate(&mut self, certificate: &CertificateState, domain: Option<&DnsName>) {
+        let serial = &certificate.serial;
+        remove_from(&mut self.serials_by_key, &certificate.key_hash, serial);
+        if let Some(node) = certificate.owner.node() {
+            remove_from(&mut self.serials_by_node, &node, serial);
+        }
+        for name in names_of(certificate) {
+            remove_from(&mut self.serials_by_name, &name, serial);
+        }
+        for label in labels_of(certificate, domain) {
+            remove_from(&mut self.serials_by_label, &label, serial);
+        }
+        self.ends.remove(&(certificate.not_after, *serial));
+        remove_from(&mut self.revoked, &(certificate.issuer_key_id.clone(), certificate.shard), serial);
+    }
+}
+
+fn names_of(certificate: &CertificateState) -> impl Iterator<Item = String> {
+    let names = certificate.names.iter().map(ToString::to_string);
+    let ips = certificate.ips.iter().map(ToString::to_string);
+    let pair = (!certificate.pair_name.is_empty()).then(|| certificate.pair_name.clone());
+    names.chain(ips).chain(pair)
+}
+
+fn labels_of(certificate: &CertificateState, domain: Option<&DnsName>) -> impl Iterator<Item = String> {
+    certificate.names.iter().filter_map(move |name| name.label_under(domain?).map(str::to_owned))
+}
+
+fn remove_from<K: Ord>(map: &mut BTreeMap<K, BTreeSet<Serial>>, key: &K, serial: &Serial) {
+    if let Some(set) = map.get_mut(key) {
+        set.remove(serial);
+        if set.is_empty() {
+            map.remove(key);
+        }
+    }
+}
