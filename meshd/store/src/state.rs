@@ -3,6 +3,7 @@ use std::{
     io,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use crate::disk;
@@ -16,11 +17,11 @@ const LOCK_FILE: &str = "lock";
 /// Mode bits that let others in.
 const OTHERS: u32 = 0o077;
 
-/// The state directory, ours alone until dropped.
-#[derive(Debug)]
+/// The state directory, ours alone until the last clone is dropped.
+#[derive(Debug, Clone)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: File,
+    _lock: Arc<File>,
 }
 
 /// Why the state directory was not opened. Nothing in it was changed.
@@ -62,7 +63,7 @@ impl StateDir {
         if !formatted && !check_format(&path)? {
             write_format(&path)?;
         }
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, _lock: Arc::new(lock) })
     }
 
     pub fn path(&self) -> &Path {

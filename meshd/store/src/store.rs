@@ -29,15 +29,15 @@ impl Default for StoreOptions {
     }
 }
 
-/// All durable state of a controller, locked.
+/// All durable state of a controller. Its parts may go different ways: the lock is held until the last
+/// of them is dropped.
 #[derive(Debug)]
 pub struct Store {
-    /// Keep it as long as anything of the store is used: it holds the lock.
-    pub state: StateDir,
     pub journal: FileJournal,
     pub snapshots: Snapshots,
     /// Bring it up to date with [`catch_up`].
     pub index: Index,
+    pub state: StateDir,
 }
 
 /// Why a store was not opened. The journal on disk is as it was.
@@ -47,10 +47,15 @@ pub enum OpenError {
     State(#[from] StateError),
     #[error(transparent)]
     Journal(#[from] JournalError),
-    #[error("cannot make an index")]
-    Index { source: IndexError },
     #[error("cannot check the index against the journal")]
     Bind { source: ReadError },
+}
+
+/// Why the index is not up to date.
+#[derive(Debug, thiserror::Error)]
+pub enum CatchUpError {
+    #[error("cannot bring the index up to date")]
+    Index { source: IndexError },
     #[error("cannot replay the journal into the index")]
     Replay { source: ReadError },
 }
@@ -65,33 +70,33 @@ impl Store {
         let state = StateDir::open(path)?;
         let folder = state.folder(JOURNAL_FOLDER)?;
         // The index first, because it knows how far the journal went.
-        let index = Index::open(state.path().join(INDEX_FOLDER));
-        let mut index = index.map_err(|source| OpenError::Index { source })?;
+        let mut index = Index::open(state.path().join(INDEX_FOLDER));
+        index.hold(state.clone());
         let witnesses = vec![Witness { name: "the index".to_owned(), seq: index.applied().seq }];
-        let journal =
-            FileJournal::open(&folder, FileOptions { segment_bytes: options.segment_bytes, witnesses })?;
-        let bound = index.bind(&*journal.reader()).map_err(|source| OpenError::Bind { source })?;
-        bound.map_err(|source| OpenError::Index { source })?;
-        Ok(Self { state, journal, snapshots: Snapshots::new(folder), index })
+        let options = FileOptions { segment_bytes: options.segment_bytes, witnesses };
+        let mut journal = FileJournal::open(&folder, options)?;
+        journal.hold(state.clone());
+        index.bind(&*journal.reader()).map_err(|source| OpenError::Bind { source })?;
+        Ok(Self { journal, snapshots: Snapshots::new(folder), index, state })
     }
 }
 
 /// Applies to the index what the journal has beyond it. `changes` says what a record means there; it
-/// must depend on the record alone. An index that fails on the way is rebuilt once.
+/// must depend on the record alone. An index that fails on the way, or could not be opened, is rebuilt
+/// once.
 ///
 /// # Errors
-/// If the journal cannot be read, or a rebuilt index fails as well.
+/// If the journal cannot be read, or a rebuilt index fails as well, as on a full disk. Nothing is lost by
+/// going on without an index and calling again later.
 pub fn catch_up(
     index: &mut Index,
     journal: &dyn JournalReader,
     mut changes: impl FnMut(&StoredRecord) -> Vec<IndexOp>,
-) -> Result<(), OpenError> {
+) -> Result<(), CatchUpError> {
     match replay(index, journal, &mut changes) {
-        Err(OpenError::Index {
-            source: source @ (IndexError::Database { .. } | IndexError::Panicked { .. }),
-        }) => {
+        Err(CatchUpError::Index { source }) if source.is_mended_by_rebuild() => {
             tracing::warn!(error = &source as &dyn std::error::Error, "rebuilding an index that failed");
-            index.rebuild().map_err(|source| OpenError::Index { source })?;
+            index.rebuild().map_err(|source| CatchUpError::Index { source })?;
             replay(index, journal, &mut changes)
         }
         other => other,
@@ -102,17 +107,17 @@ fn replay(
     index: &mut Index,
     journal: &dyn JournalReader,
     changes: &mut impl FnMut(&StoredRecord) -> Vec<IndexOp>,
-) -> Result<(), OpenError> {
+) -> Result<(), CatchUpError> {
     let mut records = journal.read(index.applied().seq + 1);
     loop {
         let mut head: Option<Head> = None;
         let mut ops = Vec::new();
         for record in records.by_ref().take(REPLAY_BATCH) {
-            let record = record.map_err(|source| OpenError::Replay { source })?;
+            let record = record.map_err(|source| CatchUpError::Replay { source })?;
             ops.extend(changes(&record));
             head = Some(record.head());
         }
         let Some(head) = head else { return Ok(()) };
-        index.apply(&head, &ops).map_err(|source| OpenError::Index { source })?;
+        index.apply(&head, &ops).map_err(|source| CatchUpError::Index { source })?;
     }
 }

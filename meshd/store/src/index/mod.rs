@@ -55,13 +55,15 @@ pub struct Page {
 /// An entry of a table: key and value.
 pub type Entry = (Vec<u8>, Vec<u8>);
 
-/// Why the index gave no answer. [`Index::rebuild`] helps against all but the first two.
+/// Why the index gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
     #[error("index key of {bytes} bytes is larger than {KEY_BYTES_MAX}")]
     KeyTooLarge { bytes: usize },
     #[error("index value of {bytes} bytes is larger than {VALUE_BYTES_MAX}")]
     ValueTooLarge { bytes: usize },
+    #[error("there is no index")]
+    Absent,
     #[error("cannot {attempt} the index")]
     Database { attempt: &'static str, source: ::sled::Error },
     #[error("the index failed to {attempt}")]
@@ -77,5 +79,22 @@ impl IndexOp {
 
     pub fn remove(table: Table, key: impl Into<Vec<u8>>) -> Self {
         Self { table, key: key.into(), value: None }
+    }
+}
+
+impl IndexError {
+    /// Whether the database is at fault, not what it was asked.
+    pub(crate) fn is_mended_by_rebuild(&self) -> bool {
+        matches!(self, Self::Absent | Self::Database { .. } | Self::Panicked { .. })
+    }
+
+    /// Whether room on the disk is all that is missing.
+    pub(crate) fn is_full(&self) -> bool {
+        match self {
+            Self::Database { source: ::sled::Error::Io(error), .. } | Self::Io { source: error, .. } => {
+                crate::disk::is_full(error)
+            }
+            _ => false,
+        }
     }
 }

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     disk,
     journal::{Head, JournalReader, ReadError},
+    state::StateDir,
 };
 
 /// Page cache; sled's default is 1 GiB.
@@ -40,26 +41,36 @@ const QUARANTINE: &str = "quarantined";
 #[derive(Debug)]
 pub struct Index {
     folder: PathBuf,
-    /// `None` only while the database is exchanged for an empty one.
+    /// `None` where none could be made.
     db: Option<Db>,
     applied: Head,
+    /// After the database, so that it is let go last.
+    lock: Option<StateDir>,
 }
 
 impl Index {
-    /// Opens the index in `folder`. One that cannot be opened is moved aside, and this one is empty.
-    ///
-    /// # Errors
-    /// [`IndexError::Io`] if not even an empty one can be made.
-    pub fn open(folder: impl Into<PathBuf>) -> Result<Self, IndexError> {
+    /// Opens the index in `folder`. One that cannot be opened is moved aside, and this one is empty. Where
+    /// not even that works, as on a full disk, every use fails until [`rebuild`](Self::rebuild) succeeds.
+    pub fn open(folder: impl Into<PathBuf>) -> Self {
         let folder = folder.into();
         match open(&folder) {
-            Ok((db, applied)) => Ok(Self { folder, db: Some(db), applied }),
+            Ok((db, applied)) => Self { folder, db: Some(db), applied, lock: None },
             Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, folder = %folder.display(), "quarantining an index that does not open");
-                Self::start_empty(folder)
+                let mut index = Self { folder, db: None, applied: Head::EMPTY, lock: None };
+                if error.is_full() {
+                    warn("there is no room to open the index", &error);
+                } else {
+                    warn("quarantining an index that does not open", &error);
+                    index.rebuild_or_warn();
+                }
+                index
             }
         }
+    }
+
+    /// Holds the state directory's lock as long as the database is open.
+    pub(crate) fn hold(&mut self, state: StateDir) {
+        self.lock = Some(state);
     }
 
     /// The last record that was applied.
@@ -71,25 +82,36 @@ impl Index {
     /// journal with [`applied`](Self::applied) as a witness has seen to that.
     ///
     /// # Errors
-    /// The outer one if the journal cannot be read; the inner one as [`rebuild`](Self::rebuild).
-    pub fn bind(&mut self, journal: &dyn JournalReader) -> Result<Result<(), IndexError>, ReadError> {
-        if journal.hash_at(self.applied.seq)? == Some(self.applied.hash) {
-            return Ok(Ok(()));
+    /// If the journal cannot be read.
+    pub fn bind(&mut self, journal: &dyn JournalReader) -> Result<(), ReadError> {
+        if journal.hash_at(self.applied.seq)? != Some(self.applied.hash) {
+            tracing::warn!(applied = ?self.applied, "quarantining an index of another journal");
+            self.rebuild_or_warn();
         }
-        tracing::warn!(applied = ?self.applied, "quarantining an index of another journal");
-        Ok(self.rebuild())
+        Ok(())
     }
 
     /// Moves the database aside and starts with an empty one, to be filled from the journal.
     ///
     /// # Errors
-    /// [`IndexError::Io`] or [`IndexError::Database`] if no empty one can be made, as on a full disk.
+    /// [`IndexError::Io`] or [`IndexError::Database`] if no empty one can be made, as on a full disk. Try
+    /// again later.
     pub fn rebuild(&mut self) -> Result<(), IndexError> {
         // Dropping flushes, which may panic on what made us come here.
         let db = self.db.take();
         let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
-        *self = Self::start_empty(self.folder.clone())?;
+        self.applied = Head::EMPTY;
+        quarantine(&self.folder)?;
+        let (db, applied) = open(&self.folder)?;
+        self.db = Some(db);
+        self.applied = applied;
         Ok(())
+    }
+
+    fn rebuild_or_warn(&mut self) {
+        if let Err(error) = self.rebuild() {
+            warn("cannot make an index", &error);
+        }
     }
 
     /// Applies the changes of the records up to `head`: all of them and `head` itself, or none.
@@ -163,18 +185,12 @@ impl Index {
         })
     }
 
-    fn start_empty(folder: PathBuf) -> Result<Self, IndexError> {
-        quarantine(&folder)?;
-        let (db, applied) = open(&folder)?;
-        Ok(Self { folder, db: Some(db), applied })
-    }
-
     fn guarded<T>(
         &self,
         attempt: &'static str,
         work: impl FnOnce(&Db) -> sled::Result<T>,
     ) -> Result<T, IndexError> {
-        let Some(db) = &self.db else { return Err(IndexError::Panicked { attempt }) };
+        let db = self.db.as_ref().ok_or(IndexError::Absent)?;
         guarded(attempt, || work(db))
     }
 }
@@ -191,6 +207,10 @@ impl IndexOp {
             _ => Ok(()),
         }
     }
+}
+
+fn warn(message: &'static str, error: &IndexError) {
+    tracing::warn!(error = error as &dyn std::error::Error, "{message}");
 }
 
 fn open(folder: &Path) -> Result<(Db, Head), IndexError> {

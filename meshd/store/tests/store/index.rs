@@ -44,7 +44,7 @@ fn dump(index: &Index) -> Vec<(Vec<u8>, Vec<u8>)> {
 fn a_frame_is_applied_with_its_head_and_survives_a_restart() {
     let parent = tempfile::tempdir().unwrap();
     let path = parent.path().join("index");
-    let mut index = Index::open(&path).unwrap();
+    let mut index = Index::open(&path);
     assert_eq!(index.applied(), Head::EMPTY);
     let ops = [
         IndexOp::insert(Table::AuditBySeq, *b"k", *b"audit"),
@@ -54,7 +54,7 @@ fn a_frame_is_applied_with_its_head_and_survives_a_restart() {
     index.apply(&head(3), &ops).unwrap();
     index.apply(&head(4), &[IndexOp::remove(Table::CertificateByExpiry, *b"gone")]).unwrap();
     drop(index);
-    let index = Index::open(&path).unwrap();
+    let index = Index::open(&path);
     assert_eq!(index.applied(), head(4));
     assert_eq!(index.get(Table::AuditBySeq, b"k").unwrap().as_deref(), Some(&b"audit"[..]));
     assert_eq!(index.get(Table::AuditByTime, b"k").unwrap().as_deref(), Some(&b"time"[..]));
@@ -65,7 +65,7 @@ fn a_frame_is_applied_with_its_head_and_survives_a_restart() {
 #[test]
 fn what_is_too_large_leaves_the_frame_unapplied() {
     let parent = tempfile::tempdir().unwrap();
-    let mut index = Index::open(parent.path().join("index")).unwrap();
+    let mut index = Index::open(parent.path().join("index"));
     let fine = IndexOp::insert(Table::AuditBySeq, vec![1; KEY_BYTES_MAX], vec![1; VALUE_BYTES_MAX]);
     let key = IndexOp::insert(Table::AuditBySeq, vec![1; KEY_BYTES_MAX + 1], *b"");
     let value = IndexOp::insert(Table::AuditBySeq, *b"k", vec![1; VALUE_BYTES_MAX + 1]);
@@ -86,7 +86,7 @@ proptest! {
         descending in any::<bool>(),
     ) {
         let parent = tempfile::tempdir().unwrap();
-        let mut index = Index::open(parent.path().join("index")).unwrap();
+        let mut index = Index::open(parent.path().join("index"));
         let mut ops: Vec<_> = keys.iter().map(|key| IndexOp::insert(Table::CertificateByIdentity, key.clone(), *b"v")).collect();
         // Neighbours that must not show.
         ops.push(IndexOp::insert(Table::CertificateBySerial, [0xff; 4], *b"n"));

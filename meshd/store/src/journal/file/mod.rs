@@ -22,7 +22,7 @@ use self::{
     segment::{Segment, reserve},
 };
 use super::{Append, AppendError, EncodedRecord, Head, Journal, JournalReader, ReadError, check_batch};
-use crate::disk;
+use crate::{disk, state::StateDir};
 
 /// Bytes of a segment, unless one frame alone needs more.
 pub const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
@@ -97,6 +97,8 @@ pub struct FileJournal {
     active: Option<Active>,
     head_file: HeadFile,
     broken: bool,
+    /// After the files, so that it is let go last.
+    lock: Option<StateDir>,
 }
 
 /// The segment that is written.
@@ -131,7 +133,21 @@ impl FileJournal {
         let head_file =
             HeadFile::open(folder).map_err(|source| failed("open", &folder.join(head::FILE), source))?;
         let catalog = SharedCatalog::new(catalog);
-        Ok(Self { folder: folder.to_owned(), options, catalog, head, active, head_file, broken: false })
+        Ok(Self {
+            folder: folder.to_owned(),
+            options,
+            catalog,
+            head,
+            active,
+            head_file,
+            broken: false,
+            lock: None,
+        })
+    }
+
+    /// Holds the state directory's lock as long as the journal is open.
+    pub(crate) fn hold(&mut self, state: StateDir) {
+        self.lock = Some(state);
     }
 
     /// Writes the frame where nothing was and syncs it. The outer error is a write that was surely undone;
