@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use der::asn1::{AnyRef, BitStringRef, ObjectIdentifier};
+use der::{Decode as _, Reader as _, SliceReader, Tag, Tagged as _};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::cri_attributes::ParsedCriAttribute;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
@@ -182,10 +184,26 @@ fn one_pem_block(text: &[u8]) -> Result<Vec<u8>, CsrError> {
 }
 
 fn parse_der(der: &[u8]) -> Result<X509CertificationRequest<'_>, CsrError> {
+    envelope_is_strict(der).map_err(|_| CsrError::Malformed)?;
     match X509CertificationRequest::from_der(der) {
         Ok(([], csr)) => Ok(csr),
         _ => Err(CsrError::Malformed),
     }
+}
+
+/// Reads the unsigned envelope as strict DER: x509-parser is lax about tags there, and no signature covers it.
+/// `SEQUENCE { SEQUENCE, SEQUENCE { OID, parameters OPTIONAL }, BIT STRING }`, RFC 2986 §4.2.
+fn envelope_is_strict(bytes: &[u8]) -> der::Result<()> {
+    let mut reader = SliceReader::new(bytes)?;
+    reader.sequence(|outer| {
+        AnyRef::decode(outer)?.tag().assert_eq(Tag::Sequence)?;
+        outer.sequence(|algorithm| {
+            ObjectIdentifier::decode(algorithm)?;
+            Option::<AnyRef<'_>>::decode(algorithm).map(drop)
+        })?;
+        BitStringRef::decode(outer).map(drop)
+    })?;
+    reader.finish(())
 }
 
 fn check_signature(csr: &X509CertificationRequest<'_>, key: KeyAlgorithm) -> Result<(), CsrError> {

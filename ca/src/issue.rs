@@ -343,7 +343,7 @@ fn recheck_leaf(
         entity
             .verify_for_usage(
                 webpki::ALL_VERIFICATION_ALGS,
-                &[anchor.clone()],
+                std::slice::from_ref(&anchor),
                 &[],
                 to_unix(at),
                 AnyPurpose,
