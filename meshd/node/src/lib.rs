@@ -2,9 +2,18 @@
 //! network with its peers and hands certificates to the services on the host.
 #![forbid(unsafe_code)]
 
+mod certs;
+mod clock;
 mod config;
+mod connect;
+mod failpoint;
 mod failure;
+mod firewall;
+mod hostop;
+mod join;
 mod limits;
+mod pki;
+mod roster;
 mod run;
 mod state;
 

@@ -1,0 +1,4 @@
+//! Certificates for the services on this host.
+
+mod folder;
+mod hook;
