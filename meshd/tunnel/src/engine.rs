@@ -182,24 +182,27 @@ pub(crate) struct Userspace {
     name: String,
     port: u16,
     shared: Arc<Shared>,
+    offloads: Arc<OffloadCells>,
     /// Serialises the calls that change peers or keys.
     control: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Userspace {
-    pub(crate) fn open(config: TunnelConfig) -> Result<Self, TunnelError> {
+    pub(crate) fn open(config: TunnelConfig, wanted: Offloads) -> Result<Self, TunnelError> {
         config.check()?;
         let shared = Shared::new(config.private_key)
             .map_err(|source| TunnelError::System { action: "make an event descriptor", source })?;
         let shared = Arc::new(shared);
-        let udp = Arc::new(Udp::bind(config.listen_port, config.fwmark)?);
-        let tun = Arc::new(Tun::create(&config.interface)?);
+        let offloads = Arc::<OffloadCells>::default();
+        let udp = Arc::new(Udp::bind(config.listen_port, config.fwmark, wanted, offloads.clone())?);
+        let tun = Arc::new(Tun::create(&config.interface, wanted, offloads.clone())?);
         tun.bring_up(config.mtu)?;
         let engine = Self {
             name: tun.name().to_owned(),
             port: udp.port(),
             shared: shared.clone(),
+            offloads,
             control: Mutex::default(),
             threads: Mutex::default(),
         };
@@ -262,7 +265,7 @@ impl Tunnel for Userspace {
     fn backend(&self) -> BackendInfo {
         BackendInfo {
             kind: BackendKind::Userspace,
-            offloads: Offloads::default(),
+            offloads: self.offloads.read(),
             why_not_kernel: Some("this version has no kernel backend".into()),
         }
     }
@@ -393,6 +396,26 @@ impl fmt::Debug for Userspace {
     }
 }
 
+/// [`Offloads`] as they are at the moment; each may be switched off by the first error of a driver.
+#[derive(Debug, Default)]
+pub(crate) struct OffloadCells {
+    pub(crate) tun_tcp: AtomicBool,
+    pub(crate) tun_udp: AtomicBool,
+    pub(crate) udp_gso: AtomicBool,
+    pub(crate) udp_gro: AtomicBool,
+}
+
+impl OffloadCells {
+    pub(crate) fn read(&self) -> Offloads {
+        Offloads {
+            tun_tcp: self.tun_tcp.load(Ordering::Relaxed),
+            tun_udp: self.tun_udp.load(Ordering::Relaxed),
+            udp_gso: self.udp_gso.load(Ordering::Relaxed),
+            udp_gro: self.udp_gro.load(Ordering::Relaxed),
+        }
+    }
+}
+
 macro_rules! counter_cells {
     ($($name:ident),* $(,)?) => {
         /// [`Counters`] while they count.
@@ -422,6 +445,11 @@ counter_cells!(
 /// Adds one.
 pub(crate) fn count(cell: &AtomicU64) {
     cell.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Adds `n`.
+pub(crate) fn count_many(cell: &AtomicU64, n: usize) {
+    cell.fetch_add(n as u64, Ordering::Relaxed);
 }
 
 fn greeting_delay(peers: usize) -> Duration {

@@ -1,6 +1,9 @@
 //! The thread from the network to the interface.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::io::{self, IoSlice};
+use std::iter::Peekable;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
@@ -9,24 +12,27 @@ use std::time::Instant;
 use boringtun::noise::TunnResult;
 use nix::poll::{PollFd, PollTimeout};
 
-use crate::engine::{Shared, count};
+use crate::engine::{Shared, count, count_many};
 use crate::housekeeper::Handshake;
+use crate::offload::merge::{Group, Kinds, PACKETS_MAX, Plan};
+use crate::offload::virtio::Header;
 use crate::packet::{self, Message};
-use crate::peer::{BUFFER_BYTES, Notes, Received};
+use crate::peer::{BUFFER_BYTES, Notes, Peer, Received as Decrypted};
+use crate::receive::Received;
 use crate::tun::Tun;
-use crate::udp::{self, Udp};
+use crate::udp::Udp;
 use crate::wake::{self, READABLE};
 
-/// Datagrams taken from one socket before the other gets its turn.
-const TURN: usize = 64;
+/// Calls at one socket before the other gets its turn.
+const TURN: usize = 8;
+/// Decrypted packets that wait to be written, bytes. Twice the largest message.
+const ARENA_BYTES: usize = 2 * BUFFER_BYTES;
 
 pub(crate) struct Inbound {
     shared: Arc<Shared>,
-    tun: Arc<Tun>,
     udp: Arc<Udp>,
     handshakes: SyncSender<Handshake>,
-    datagram: Vec<u8>,
-    plaintext: Vec<u8>,
+    delivery: Delivery,
 }
 
 impl Inbound {
@@ -36,87 +42,74 @@ impl Inbound {
         udp: Arc<Udp>,
         handshakes: SyncSender<Handshake>,
     ) -> Self {
-        let buffer = || vec![0; BUFFER_BYTES];
-        Self { shared, tun, udp, handshakes, datagram: buffer(), plaintext: buffer() }
+        let delivery = Delivery::new(shared.clone(), tun);
+        Self { shared, udp, handshakes, delivery }
     }
 
     /// Runs until the tunnel stops; an error is the end of the tunnel.
     pub(crate) fn run(mut self) -> Result<(), String> {
         let (shared, udp) = (self.shared.clone(), self.udp.clone());
+        let mut received = Received::new();
         while !shared.is_stopped() {
             let mut fds = vec![PollFd::new(shared.inbound.wake.as_fd(), READABLE)];
             fds.extend(udp.sockets().map(|socket| PollFd::new(socket.as_fd(), READABLE)));
             wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
-            let _batch = shared.inbound.quiescence.begin();
             for (socket, _) in udp.sockets().zip(&fds[1..]).filter(|(_, fd)| wake::is_ready(fd)) {
-                self.turn(socket);
+                self.turn(socket, &mut received);
             }
         }
         Ok(())
     }
 
-    fn turn(&mut self, socket: &UdpSocket) {
-        let now = Instant::now();
+    fn turn(&mut self, socket: &UdpSocket, received: &mut Received) {
+        let shared = self.shared.clone();
         for _ in 0..TURN {
-            match udp::receive(socket, &mut self.datagram) {
-                Ok(Some((length, from))) => self.datagram(length, from, now),
-                // An error here belongs to something sent earlier (ICMP); the socket lives on.
-                Ok(None) | Err(_) => return,
+            // An error here belongs to something sent earlier (ICMP); the socket lives on.
+            let Ok(1..) = received.receive(socket) else { return };
+            let _batch = shared.inbound.quiescence.begin();
+            let now = Instant::now();
+            for (from, datagrams) in received.messages() {
+                self.message(from, datagrams.peekable(), now);
             }
+            self.delivery.flush();
         }
     }
 
-    /// Looks at the datagram of `length` bytes at the start of the datagram buffer.
-    fn datagram(&mut self, length: usize, from: SocketAddr, now: Instant) {
-        match Message::parse(&self.datagram[..length]) {
-            Some(Message::Data { receiver }) => self.data(receiver, length, from, now),
-            Some(Message::Initiation | Message::Response { .. }) => self.handshake(length, from),
-            Some(Message::CookieReply { .. }) => self.pass_on(length, from),
-            None => count(&self.shared.counters.rx_invalid),
+    /// Takes the datagrams of one sender.
+    fn message<'a, I: Iterator<Item = &'a [u8]>>(
+        &mut self,
+        from: SocketAddr,
+        mut datagrams: Peekable<I>,
+        now: Instant,
+    ) {
+        if datagrams.peek().is_none() {
+            count(&self.shared.counters.rx_invalid); // no bytes at all
         }
-    }
-
-    fn data(&mut self, receiver: u32, length: usize, from: SocketAddr, now: Instant) {
-        let counters = &self.shared.counters;
-        let Some(peer) = self.shared.registry().by_session(receiver).cloned() else {
-            return count(&counters.rx_invalid);
-        };
-        let mut notes = Notes::default();
-        let datagram = (&self.datagram[..length], from);
-        let received = peer.lock().decrypt(datagram, &mut self.plaintext, now, &mut notes);
-        self.shared.report(&peer, notes);
-        match received {
-            Received::Packet { length, source } => {
-                // The whole table, not this peer's list: a nested prefix of another peer must win.
-                let owner = self.shared.registry().by_address(source).cloned();
-                if owner.as_ref() != Some(&peer) {
-                    return count(&counters.rx_wrong_source);
+        while let Some(datagram) = datagrams.peek().copied() {
+            match Message::parse(datagram) {
+                Some(Message::Data { receiver }) => {
+                    let found = self.shared.registry().by_session(receiver).cloned();
+                    if let Some(peer) = found {
+                        self.delivery.run(&peer, from, &mut datagrams, now);
+                        continue;
+                    }
+                    count(&self.shared.counters.rx_invalid);
                 }
-                self.deliver(length);
+                Some(Message::Initiation | Message::Response { .. }) => self.handshake(datagram, from),
+                Some(Message::CookieReply { .. }) => self.pass_on(datagram, from),
+                None => count(&self.shared.counters.rx_invalid),
             }
-            Received::Keepalive => {}
-            Received::Invalid => count(&counters.rx_invalid),
-        }
-    }
-
-    fn deliver(&self, length: usize) {
-        let packet = &self.plaintext[..length];
-        // boringtun has cut the padding; a length field that is too small for its header gets no further.
-        if packet::destination(packet).is_none() {
-            count(&self.shared.counters.rx_invalid);
-        } else if self.tun.write(packet).is_err() {
-            count(&self.shared.counters.rx_interface_errors);
+            datagrams.next();
         }
     }
 
     /// Judges a handshake message before anything expensive is done for it.
-    fn handshake(&mut self, length: usize, from: SocketAddr) {
+    fn handshake(&self, datagram: &[u8], from: SocketAddr) {
         let identity = self.shared.identity();
         let mut cookie = [0; packet::COOKIE_REPLY_BYTES];
-        let verdict =
-            identity.limiter.verify_packet(Some(from.ip()), &self.datagram[..length], &mut cookie).map(drop);
+        let verdict = identity.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie).map(drop);
         match verdict {
-            Ok(()) => self.pass_on(length, from),
+            Ok(()) => self.pass_on(datagram, from),
             Err(TunnResult::WriteToNetwork(reply)) => {
                 count(&self.shared.counters.rx_under_load);
                 if self.udp.send(reply, from).is_err() {
@@ -128,13 +121,145 @@ impl Inbound {
     }
 
     /// Gives a handshake message to the housekeeper.
-    fn pass_on(&self, length: usize, from: SocketAddr) {
-        let Some(handshake) = Handshake::new(&self.datagram[..length], from) else { return };
+    fn pass_on(&self, datagram: &[u8], from: SocketAddr) {
+        let Some(handshake) = Handshake::new(datagram, from) else { return };
         match self.handshakes.try_send(handshake) {
             Ok(()) => self.shared.housekeeper.wake.wake(),
             Err(TrySendError::Full(_)) => count(&self.shared.counters.rx_handshakes_dropped),
             // The housekeeper has ended, so the tunnel is stopping.
             Err(TrySendError::Disconnected(_)) => {}
+        }
+    }
+}
+
+/// From decryption to the interface.
+struct Delivery {
+    shared: Arc<Shared>,
+    tun: Arc<Tun>,
+    arena: Vec<u8>,
+    used: usize,
+    /// Where in the arena the packets are that may be delivered.
+    packets: Vec<Range<usize>>,
+    /// The inner sources of the run in progress.
+    sources: Vec<IpAddr>,
+    plan: Plan,
+}
+
+impl Delivery {
+    fn new(shared: Arc<Shared>, tun: Arc<Tun>) -> Self {
+        Self {
+            shared,
+            tun,
+            arena: vec![0; ARENA_BYTES],
+            used: 0,
+            packets: Vec::new(),
+            sources: Vec::new(),
+            plan: Plan::default(),
+        }
+    }
+
+    /// Decrypts the data messages at the head of `datagrams` that are for `peer`: one lock for all of them.
+    fn run<'a, I: Iterator<Item = &'a [u8]>>(
+        &mut self,
+        peer: &Arc<Peer>,
+        from: SocketAddr,
+        datagrams: &mut Peekable<I>,
+        now: Instant,
+    ) {
+        let is_ours = |datagram: &&[u8]| matches!(Message::parse(datagram), Some(Message::Data { receiver }) if receiver >> 8 == peer.index);
+        let (first, mut notes) = (self.packets.len(), Notes::default());
+        let mut state = peer.lock();
+        while self.arena.len() - self.used >= BUFFER_BYTES {
+            let Some(datagram) = datagrams.next_if(is_ours) else { break };
+            match state.decrypt((datagram, from), &mut self.arena[self.used..], now, &mut notes) {
+                Decrypted::Packet { length, source } => {
+                    self.packets.push(self.used..self.used + length);
+                    self.sources.push(source);
+                    self.used += length;
+                }
+                Decrypted::Keepalive => {}
+                Decrypted::Invalid => count(&self.shared.counters.rx_invalid),
+            }
+        }
+        drop(state);
+        self.shared.report(peer, notes);
+        self.check(peer, first);
+        if self.arena.len() - self.used < BUFFER_BYTES {
+            self.flush();
+        }
+    }
+
+    /// Drops those of the packets from `first` on that `peer` may not send.
+    fn check(&mut self, peer: &Arc<Peer>, first: usize) {
+        let (registry, counters) = (self.shared.registry(), &self.shared.counters);
+        let (mut kept, mut last) = (first, None);
+        for (index, source) in (first..).zip(self.sources.drain(..)) {
+            let allowed = match last {
+                Some((known, allowed)) if known == source => allowed,
+                // The whole table, not this peer's list: a nested prefix of another peer must win.
+                _ => registry.by_address(source) == Some(peer),
+            };
+            last = Some((source, allowed));
+            if !allowed {
+                count(&counters.rx_wrong_source);
+            } else if packet::destination(&self.arena[self.packets[index].clone()]).is_none() {
+                // boringtun has cut the padding, but a length too small for its own header gets through.
+                count(&counters.rx_invalid);
+            } else {
+                self.packets.swap(kept, index);
+                kept += 1;
+            }
+        }
+        self.packets.truncate(kept);
+    }
+
+    /// Writes what waits to the interface.
+    fn flush(&mut self) {
+        let (tcp, udp) = self.tun.merging();
+        self.plan.make(&self.arena, &self.packets, Kinds { tcp, udp });
+        for index in 0..self.plan.groups().len() {
+            let group = self.plan.groups()[index];
+            if let Err(error) = self.write(&group) {
+                self.refused(&group, &error);
+            }
+        }
+        self.packets.clear();
+        self.used = 0;
+    }
+
+    fn write(&mut self, group: &Group) -> io::Result<()> {
+        let last = self.packets[group.last()].clone();
+        let flags = group.closing_flags(&self.arena[last]);
+        let first = self.packets[group.first].clone();
+        let before = group.save(&self.arena[first.clone()]);
+        let header = group.finish(&mut self.arena[first.clone()], flags).bytes();
+        let mut parts = [IoSlice::new(&[]); PACKETS_MAX + 1];
+        parts[0] = IoSlice::new(&header);
+        parts[1] = IoSlice::new(&self.arena[first.clone()]);
+        for (part, index) in parts[2..].iter_mut().zip(self.plan.rest(group)) {
+            *part = IoSlice::new(&self.arena[self.packets[index].clone()][group.headers()..]);
+        }
+        let result = self.tun.write(&parts[..=group.count]);
+        if result.is_err() {
+            group.restore(&mut self.arena[first], &before);
+        }
+        result
+    }
+
+    /// The interface did not take a group: its packets go one by one, if that may help.
+    fn refused(&mut self, group: &Group, error: &io::Error) {
+        let counters = &self.shared.counters;
+        if group.count == 1 || error.raw_os_error() != Some(nix::libc::EINVAL) {
+            return count_many(&counters.rx_interface_errors, group.count);
+        }
+        tracing::warn!(%error, "merging of packets switched off");
+        self.tun.stop_merging();
+        let header = Header::default().bytes();
+        for index in std::iter::once(group.first).chain(self.plan.rest(group)) {
+            let packet = &self.arena[self.packets[index].clone()];
+            if self.tun.write(&[IoSlice::new(&header), IoSlice::new(packet)]).is_err() {
+                count(&counters.rx_interface_errors);
+            }
         }
     }
 }

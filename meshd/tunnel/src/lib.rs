@@ -39,6 +39,7 @@ mod key;
 mod tunnel;
 
 mod allowed_ips;
+mod offload;
 mod packet;
 mod peer;
 mod registry;
@@ -49,6 +50,7 @@ mod inbound;
 mod outbound;
 
 mod quiescence;
+mod receive;
 mod tun;
 mod udp;
 mod wake;
@@ -57,4 +59,4 @@ pub use config::{PeerConfig, TunnelConfig};
 pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
-pub use tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel, open};
+pub use tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel, open, open_with};

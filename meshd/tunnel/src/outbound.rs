@@ -1,34 +1,53 @@
 //! The thread from the interface to the network.
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollTimeout};
 
-use crate::engine::{Shared, count};
-use crate::packet;
+use crate::engine::{Shared, count, count_many};
+use crate::offload::split::Segments;
+use crate::offload::virtio::{HEADER_BYTES, Header};
+use crate::packet::{self, DATA_OVERHEAD, DATAGRAM_MAX};
 use crate::peer::{BUFFER_BYTES, Outgoing, Peer, Sent};
-use crate::tun::Tun;
+use crate::tun::{READ_BYTES, Tun};
 use crate::udp::Udp;
 use crate::wake::{self, READABLE};
 
 /// Packets taken from the interface before the wake-ups are looked at again.
 const TURN: usize = 64;
+/// Datagrams in one call. Older kernels take no more (`UDP_MAX_SEGMENTS`).
+const BATCH_DATAGRAMS: usize = 64;
 
 pub(crate) struct Outbound {
     shared: Arc<Shared>,
     tun: Arc<Tun>,
     udp: Arc<Udp>,
     mtu: usize,
-    plaintext: Vec<u8>,
-    datagram: Vec<u8>,
+    /// What was read: header and packet.
+    packet: Vec<u8>,
+    /// One segment of it, padded.
+    segment: Vec<u8>,
+    batch: Batch,
+    /// A datagram that does not go with others.
+    single: Vec<u8>,
 }
 
 impl Outbound {
     pub(crate) fn new(shared: Arc<Shared>, tun: Arc<Tun>, udp: Arc<Udp>, mtu: u16) -> Self {
         let buffer = || vec![0; BUFFER_BYTES];
-        Self { shared, tun, udp, mtu: mtu.into(), plaintext: buffer(), datagram: buffer() }
+        Self {
+            shared,
+            tun,
+            udp,
+            mtu: mtu.into(),
+            packet: vec![0; READ_BYTES],
+            segment: buffer(),
+            batch: Batch::new(),
+            single: buffer(),
+        }
     }
 
     /// Runs until the tunnel stops; an error is the end of the tunnel.
@@ -55,52 +74,190 @@ impl Outbound {
 
     fn turn(&mut self) -> Result<(), String> {
         let now = Instant::now();
+        let mut result = Ok(());
         for _ in 0..TURN {
-            match self.tun.read(&mut self.plaintext) {
+            match self.tun.read(&mut self.packet) {
                 Ok(Some(length)) => self.packet(length, now),
                 Ok(None) => break,
-                Err(error) => return Err(format!("cannot read from interface {}: {error}", self.tun.name())),
+                Err(error) => {
+                    result = Err(format!("cannot read from interface {}: {error}", self.tun.name()));
+                    break;
+                }
             }
         }
-        Ok(())
+        self.flush();
+        result
     }
 
-    /// Sends the packet of `length` bytes at the start of the plaintext buffer.
+    /// Sends the packet at the start of the packet buffer; `length` is with its header.
     fn packet(&mut self, length: usize, now: Instant) {
-        let counters = &self.shared.counters;
-        let padded = packet::padded(length, self.mtu);
-        let Some(destination) = packet::destination(&self.plaintext[..length])
-            .filter(|_| padded + packet::DATA_OVERHEAD <= packet::DATAGRAM_MAX)
-        else {
+        // Taken out, so that the segments can borrow it while the rest is at work.
+        let mut buffer = std::mem::take(&mut self.packet);
+        self.segments(&mut buffer[..length], now);
+        self.packet = buffer;
+    }
+
+    fn segments(&mut self, bytes: &mut [u8], now: Instant) {
+        let shared = self.shared.clone();
+        let counters = &shared.counters;
+        let Some((header, packet)) = bytes.split_first_chunk_mut::<HEADER_BYTES>() else {
             return count(&counters.tx_malformed);
         };
-        let Some(peer) = self.shared.registry().by_address(destination).cloned() else {
+        let Some(destination) = packet::destination(packet) else { return count(&counters.tx_malformed) };
+        let Some(peer) = shared.registry().by_address(destination).cloned() else {
             return count(&counters.tx_no_peer);
         };
-        self.plaintext[length..padded].fill(0);
+        let Some(mut segments) = Segments::new(&Header::parse(header), packet) else {
+            return count(&counters.tx_malformed);
+        };
         self.send_waiting(&peer, now);
-        let sent = peer.lock().encrypt(&self.plaintext[..padded], &mut self.datagram, now);
-        match sent {
-            Sent::Send(outgoing) => self.send(outgoing),
-            Sent::NoEndpoint => count(&self.shared.counters.tx_no_endpoint),
-            Sent::Queued | Sent::Gone => {}
+        while segments.next_length().is_some() {
+            if let Some(handshake) = self.fill(&peer, &mut segments, now) {
+                self.send_single(handshake);
+            } else if segments.next_length().is_some() {
+                self.flush();
+            }
         }
+    }
+
+    /// Encrypts segments into the batch until it is full, or something came out that is not data (in the
+    /// single buffer; send it and call again), or all are done.
+    fn fill(&mut self, peer: &Peer, segments: &mut Segments<'_>, now: Instant) -> Option<Outgoing> {
+        let counters = &self.shared.counters;
+        let mut state = peer.lock();
+        while let Some(length) = segments.next_length() {
+            let padded = packet::padded(length, self.mtu);
+            if padded + DATA_OVERHEAD > DATAGRAM_MAX {
+                segments.write_next(&mut self.segment);
+                count(&counters.tx_malformed);
+                continue;
+            }
+            match state.endpoint() {
+                Some(to) if !self.batch.takes(padded + DATA_OVERHEAD, to) => return None,
+                _ => {}
+            }
+            segments.write_next(&mut self.segment);
+            self.segment[length..padded].fill(0);
+            match state.encrypt(&self.segment[..padded], self.batch.room(), now) {
+                Sent::Send(outgoing) if outgoing.is_data => self.batch.add(outgoing),
+                Sent::Send(outgoing) => {
+                    let handshake = &self.batch.room()[..outgoing.length];
+                    self.single[..outgoing.length].copy_from_slice(handshake);
+                    return Some(outgoing);
+                }
+                Sent::NoEndpoint => count(&counters.tx_no_endpoint),
+                Sent::Queued | Sent::Gone => {}
+            }
+        }
+        None
     }
 
     /// What waited for a session goes before anything newer.
     fn send_waiting(&mut self, peer: &Peer, now: Instant) {
         loop {
-            let next = peer.lock().next_waiting(&mut self.datagram, now);
+            let next = peer.lock().next_waiting(&mut self.single, now);
             match next {
-                Some(outgoing) => self.send(outgoing),
+                Some(outgoing) => {
+                    self.flush();
+                    self.send_single(outgoing);
+                }
                 None => return,
             }
         }
     }
 
-    fn send(&self, outgoing: Outgoing) {
-        if self.udp.send(&self.datagram[..outgoing.length], outgoing.to).is_err() {
+    fn send_single(&self, outgoing: Outgoing) {
+        if self.udp.send(&self.single[..outgoing.length], outgoing.to).is_err() {
             count(&self.shared.counters.tx_socket_errors);
         }
+    }
+
+    fn flush(&mut self) {
+        if let Some((bytes, size, to)) = self.batch.take() {
+            let refused = self.udp.send_batch(bytes, size, to);
+            count_many(&self.shared.counters.tx_socket_errors, refused);
+        }
+    }
+}
+
+/// Datagrams for one destination that leave in one call: all of one size, but the last may be shorter.
+struct Batch {
+    bytes: Vec<u8>,
+    length: usize,
+    count: usize,
+    size: usize,
+    to: Option<SocketAddr>,
+}
+
+impl Batch {
+    fn new() -> Self {
+        // Behind a full batch there must still be room for the largest single result.
+        Self { bytes: vec![0; DATAGRAM_MAX + BUFFER_BYTES], length: 0, count: 0, size: 0, to: None }
+    }
+
+    /// Whether a datagram of `length` bytes to `to` may follow. An empty batch takes anything.
+    fn takes(&self, length: usize, to: SocketAddr) -> bool {
+        let ended = self.length < self.size * self.count;
+        self.count == 0
+            || (!ended
+                && self.to == Some(to)
+                && length <= self.size
+                && self.count < BATCH_DATAGRAMS
+                && self.length + length <= DATAGRAM_MAX)
+    }
+
+    /// Where the next datagram goes.
+    fn room(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.length..]
+    }
+
+    /// Takes up the datagram that was written to [`room`](Self::room).
+    fn add(&mut self, outgoing: Outgoing) {
+        if self.count == 0 {
+            (self.size, self.to) = (outgoing.length, Some(outgoing.to));
+        }
+        self.length += outgoing.length;
+        self.count += 1;
+    }
+
+    /// All datagrams, their size and where they go; the batch is empty then.
+    fn take(&mut self) -> Option<(&[u8], usize, SocketAddr)> {
+        let (length, to) = (std::mem::take(&mut self.length), self.to.take()?);
+        self.count = 0;
+        Some((&self.bytes[..length], self.size, to))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn add(batch: &mut Batch, length: usize, to: SocketAddr) -> bool {
+        let takes = batch.takes(length, to);
+        if takes {
+            batch.add(Outgoing { length, to, is_data: true });
+        }
+        takes
+    }
+
+    #[test]
+    fn a_batch_holds_what_one_call_may_send() {
+        let (to, other): (SocketAddr, SocketAddr) = (([10, 0, 0, 1], 1).into(), ([10, 0, 0, 1], 2).into());
+        let mut batch = Batch::new();
+        assert!(batch.take().is_none());
+        assert!(add(&mut batch, 100, to));
+        assert!(!add(&mut batch, 100, other));
+        assert!(!add(&mut batch, 101, to));
+        assert!(add(&mut batch, 60, to));
+        assert!(!add(&mut batch, 60, to), "a shorter one is the last");
+        assert_eq!(batch.take().map(|(bytes, size, to)| (bytes.len(), size, to)), Some((160, 100, to)));
+        for _ in 0..BATCH_DATAGRAMS {
+            assert!(add(&mut batch, 96, other));
+        }
+        assert!(!add(&mut batch, 96, other));
+        batch.take();
+        while add(&mut batch, 1452, to) {}
+        let (bytes, ..) = batch.take().unwrap();
+        assert_eq!(bytes.len(), 45 * 1452);
     }
 }

@@ -129,6 +129,8 @@ pub(crate) struct State {
 pub(crate) struct Outgoing {
     pub(crate) length: usize,
     pub(crate) to: SocketAddr,
+    /// A data message, not a handshake.
+    pub(crate) is_data: bool,
 }
 
 /// What came of an inner packet.
@@ -299,6 +301,10 @@ impl State {
         self.initiation_wanted
     }
 
+    pub(crate) fn endpoint(&self) -> Option<SocketAddr> {
+        self.endpoint
+    }
+
     pub(crate) fn set_endpoint(&mut self, endpoint: SocketAddr) {
         self.endpoint = Some(packet::unmapped(endpoint));
     }
@@ -430,7 +436,7 @@ impl State {
             self.unanswered_since.get_or_insert(now);
             self.gave_up = false;
         }
-        Outgoing { length: datagram.len(), to }
+        Outgoing { length: datagram.len(), to, is_data: is_data(datagram) }
     }
 }
 

@@ -1,36 +1,60 @@
 //! The interface: a TUN device, made by us, gone with its descriptor.
+//!
+//! Every packet goes with a virtio header, so that the host may hand over and take segments in one
+//! piece; which kinds it does is settled when the device is made.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use nix::libc;
 
+use crate::engine::OffloadCells;
 use crate::error::TunnelError;
+use crate::offload::virtio::HEADER_BYTES;
+use crate::tunnel::Offloads;
 
+/// Room for the largest packet a read can bring, bytes: header, IPv6 header and 65535 bytes.
+pub(crate) const READ_BYTES: usize = HEADER_BYTES + 40 + 65_535;
+
+/// Features of `TUNSETOFFLOAD` that come with TCP segments, and those for UDP (Linux 6.2).
+const TCP_FEATURES: libc::c_uint =
+    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+const UDP_FEATURES: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+
+const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
 const DEVICE: &str = "/dev/net/tun";
 
 /// Thin wrappers around the requests of `linux/if_tun.h` and `linux/sockios.h`.
 mod request {
-    use nix::libc::{SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, TUNSETIFF, ifreq};
+    use nix::libc::{SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFMTU, TUNSETIFF, TUNSETOFFLOAD, ifreq};
 
     nix::ioctl_readwrite_bad!(set_interface, TUNSETIFF, ifreq);
     nix::ioctl_write_ptr_bad!(set_mtu, SIOCSIFMTU, ifreq);
     nix::ioctl_write_ptr_bad!(set_flags, SIOCSIFFLAGS, ifreq);
     nix::ioctl_readwrite_bad!(flags, SIOCGIFFLAGS, ifreq);
+    nix::ioctl_write_int_bad!(set_offload, TUNSETOFFLOAD);
 }
 
 #[derive(Debug)]
 pub(crate) struct Tun {
     file: File,
     name: String,
+    offloads: Arc<OffloadCells>,
 }
 
 impl Tun {
-    /// Creates the interface. `name` must have been checked and may hold `%d`.
-    pub(crate) fn create(name: &str) -> Result<Self, TunnelError> {
+    /// Creates the interface with what it can of the `wanted` offloads. `name` must have been checked and
+    /// may hold `%d`.
+    pub(crate) fn create(
+        name: &str,
+        wanted: Offloads,
+        offloads: Arc<OffloadCells>,
+    ) -> Result<Self, TunnelError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -38,7 +62,7 @@ impl Tun {
             .open(DEVICE)
             .map_err(|source| cannot_open(name, source))?;
         let mut asked = interface_request(name);
-        asked.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL) as libc::c_short;
+        asked.ifr_ifru.ifru_flags = FLAGS as libc::c_short;
         // SAFETY: `file` is an open descriptor and `asked` a whole ifreq that outlives the call; the
         // kernel reads it and writes the name it gave into it.
         let made = unsafe { request::set_interface(file.as_raw_fd(), &raw mut asked) };
@@ -47,7 +71,23 @@ impl Tun {
             Errno::EBUSY => TunnelError::InterfaceBusy { name: name.to_owned() },
             _ => failed(name, "create")(errno.into()),
         })?;
-        Ok(Self { file, name: given_name(&asked) })
+        let tcp = wanted.tun_tcp && set_offload(&file, TCP_FEATURES);
+        let udp = tcp && wanted.tun_udp && set_offload(&file, TCP_FEATURES | UDP_FEATURES);
+        offloads.tun_tcp.store(tcp, Ordering::Relaxed);
+        offloads.tun_udp.store(udp, Ordering::Relaxed);
+        Ok(Self { file, name: given_name(&asked), offloads })
+    }
+
+    /// Whether merged TCP segments, and whether merged datagrams, may be written.
+    pub(crate) fn merging(&self) -> (bool, bool) {
+        let now = self.offloads.read();
+        (now.tun_tcp, now.tun_udp)
+    }
+
+    /// The device has refused a merged packet: none is written any more.
+    pub(crate) fn stop_merging(&self) {
+        self.offloads.tun_tcp.store(false, Ordering::Relaxed);
+        self.offloads.tun_udp.store(false, Ordering::Relaxed);
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -78,7 +118,8 @@ impl Tun {
         Ok(())
     }
 
-    /// One packet from the host; `None` if there is none waiting.
+    /// One packet from the host behind its header, at the start of `buffer`, which must have
+    /// [`READ_BYTES`]. The length of both; `None` if there is none waiting.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match (&self.file).read(buffer) {
             Ok(length) => Ok(Some(length)),
@@ -87,9 +128,9 @@ impl Tun {
         }
     }
 
-    /// One packet to the host.
-    pub(crate) fn write(&self, packet: &[u8]) -> io::Result<()> {
-        (&self.file).write(packet).map(drop)
+    /// One packet to the host: its virtio header, then the packet in as many parts as it has.
+    pub(crate) fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.file).write_vectored(parts).map(drop)
     }
 }
 
@@ -97,6 +138,11 @@ impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+fn set_offload(file: &File, features: libc::c_uint) -> bool {
+    // SAFETY: an open descriptor and a request that takes an integer.
+    unsafe { request::set_offload(file.as_raw_fd(), features as libc::c_int) }.is_ok()
 }
 
 /// Nothing waiting, or the interface is down at the moment: not the end.

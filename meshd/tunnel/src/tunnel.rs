@@ -73,7 +73,15 @@ pub trait Tunnel: Send + Sync {
 /// # Errors
 /// Nothing is left behind; each variant of [`TunnelError`] names the next step.
 pub fn open(config: TunnelConfig) -> Result<Box<dyn Tunnel>, TunnelError> {
-    Ok(Box::new(Userspace::open(config)?))
+    open_with(config, Offloads::ALL)
+}
+
+/// As [`open`], with no other offloads than `wanted`: to find out which of them a driver cannot do.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(config: TunnelConfig, wanted: Offloads) -> Result<Box<dyn Tunnel>, TunnelError> {
+    Ok(Box::new(Userspace::open(config, wanted)?))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +111,11 @@ pub struct Offloads {
     pub udp_gso: bool,
     /// Equal datagrams arrive in one system call (`UDP_GRO`).
     pub udp_gro: bool,
+}
+
+impl Offloads {
+    pub const ALL: Self = Self { tun_tcp: true, tun_udp: true, udp_gso: true, udp_gro: true };
+    pub const NONE: Self = Self { tun_tcp: false, tun_udp: false, udp_gso: false, udp_gro: false };
 }
 
 /// One peer as it stands.

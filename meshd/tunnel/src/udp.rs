@@ -1,15 +1,19 @@
 //! The underlay: one UDP socket per family on one port.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::engine::OffloadCells;
 use crate::error::TunnelError;
-use crate::packet;
+use crate::tunnel::Offloads;
 use crate::wake;
 
 /// Kernel buffers per socket, bytes: about 6 ms at 5 Gbit/s.
@@ -25,21 +29,31 @@ pub(crate) struct Udp {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     port: u16,
+    offloads: Arc<OffloadCells>,
 }
 
 impl Udp {
     /// Binds `port` in both families; 0 takes one that is free in both.
-    pub(crate) fn bind(port: u16, fwmark: Option<u32>) -> Result<Self, TunnelError> {
+    pub(crate) fn bind(
+        port: u16,
+        fwmark: Option<u32>,
+        wanted: Offloads,
+        offloads: Arc<OffloadCells>,
+    ) -> Result<Self, TunnelError> {
         let mut attempt = 1;
         loop {
-            match Self::bind_once(port, fwmark) {
+            match Self::bind_once(port, fwmark, &offloads) {
                 Err(TunnelError::PortInUse { .. }) if port == 0 && attempt < PORT_ATTEMPTS => attempt += 1,
-                result => return result,
+                result => {
+                    let udp = result?;
+                    udp.switch_on(wanted);
+                    return Ok(udp);
+                }
             }
         }
     }
 
-    fn bind_once(port: u16, fwmark: Option<u32>) -> Result<Self, TunnelError> {
+    fn bind_once(port: u16, fwmark: Option<u32>, offloads: &Arc<OffloadCells>) -> Result<Self, TunnelError> {
         let v4 = bind_one(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), fwmark)?;
         let local = v4.local_addr();
         let port = local.map_err(|source| TunnelError::Socket { action: "read the port of", source })?.port();
@@ -48,7 +62,15 @@ impl Udp {
             Err(TunnelError::Socket { source, .. }) if is_without_ipv6(&source) => None,
             Err(error) => return Err(error),
         };
-        Ok(Self { v4, v6, port })
+        Ok(Self { v4, v6, port, offloads: offloads.clone() })
+    }
+
+    fn switch_on(&self, wanted: Offloads) {
+        // Zero switches nothing on: it only asks whether the kernel knows the option.
+        let gso = || self.sockets().all(|socket| setsockopt(socket, sockopt::UdpGsoSegment, &0).is_ok());
+        let gro = || self.sockets().all(|socket| setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok());
+        self.offloads.udp_gso.store(wanted.udp_gso && gso(), Ordering::Relaxed);
+        self.offloads.udp_gro.store(wanted.udp_gro && gro(), Ordering::Relaxed);
     }
 
     pub(crate) fn port(&self) -> u16 {
@@ -61,31 +83,51 @@ impl Udp {
 
     /// Sends one datagram; waits a moment if the send buffer is full.
     pub(crate) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+        self.send_segments(datagram, None, to)
+    }
+
+    /// Sends the datagrams of `size` bytes that `bytes` is made of; the last may be shorter. The number
+    /// of those that the socket refused.
+    pub(crate) fn send_batch(&self, bytes: &[u8], size: usize, to: SocketAddr) -> usize {
+        if bytes.len() > size && self.offloads.udp_gso.load(Ordering::Relaxed) {
+            match self.send_segments(bytes, Some(size as u16), to) {
+                Ok(()) => return 0,
+                // The device cannot do it after all.
+                Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => {
+                    tracing::warn!(%error, "UDP segmentation switched off");
+                    self.offloads.udp_gso.store(false, Ordering::Relaxed);
+                }
+                // A path with a smaller MTU: the kernel fragments single datagrams, but not these.
+                Err(error) if is_size_error(&error) => {}
+                Err(_) => return bytes.len().div_ceil(size),
+            }
+        }
+        bytes.chunks(size).filter(|datagram| self.send(datagram, to).is_err()).count()
+    }
+
+    fn send_segments(&self, bytes: &[u8], size: Option<u16>, to: SocketAddr) -> io::Result<()> {
         let socket = match to {
             SocketAddr::V4(_) => &self.v4,
             SocketAddr::V6(_) => {
                 self.v6.as_ref().ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?
             }
         };
-        match socket.send_to(datagram, to) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wake::wait(
-                    &mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)],
-                    PollTimeout::from(SEND_WAIT_MS),
-                )?;
-                socket.send_to(datagram, to).map(drop)
+        let (parts, address) = ([IoSlice::new(bytes)], SockaddrStorage::from(to));
+        let segments = size.as_ref().map(ControlMessage::UdpGsoSegments);
+        let send = || {
+            sendmsg(socket.as_raw_fd(), &parts, segments.as_slice(), MsgFlags::MSG_DONTWAIT, Some(&address))
+        };
+        match send() {
+            Err(Errno::EAGAIN) => {
+                let mut room = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+                wake::wait(&mut room, PollTimeout::from(SEND_WAIT_MS))?;
+                send()?;
             }
-            result => result.map(drop),
+            result => {
+                result?;
+            }
         }
-    }
-}
-
-/// One waiting datagram of `socket`; `None` if there is none.
-pub(crate) fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<(usize, SocketAddr)>> {
-    match socket.recv_from(buffer) {
-        Ok((length, from)) => Ok(Some((length, packet::unmapped(from)))),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(error),
+        Ok(())
     }
 }
 
@@ -127,7 +169,12 @@ fn enlarge_buffers(socket: &Socket) {
     }
 }
 
+fn is_size_error(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMSGSIZE | Errno::EINVAL))
+}
+
 fn is_without_ipv6(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(nix::errno::Errno::from_raw);
-    matches!(errno, Some(nix::errno::Errno::EAFNOSUPPORT | nix::errno::Errno::EADDRNOTAVAIL))
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
 }

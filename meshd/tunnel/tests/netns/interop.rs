@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -134,4 +135,35 @@ netns_tests! {
         let stats = tunnel.peers();
         assert_eq!(stats[0].endpoint, Some(([10, 213, 0, 2], PORT).into()));
     }
+}
+
+/// Ten minutes with a request every 3 s: several rekeys by the clock, each while the line is nearly idle.
+const SOAK_REQUESTS: u32 = 210;
+
+fn soak(path: &str, we_begin: bool) {
+    crate::lab::in_namespaces(path, Duration::from_secs(900), || {
+        let (a, b) = two_namespaces();
+        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
+        let theirs = format!("endpoint 10.213.0.1:{}", tunnel.listen_port());
+        go.add_peer(tunnel.public_key(), if we_begin { "" } else { &theirs });
+        tunnel.set_peer(their_config(we_begin)).unwrap();
+        let (from, to) = if we_begin { (&a, "10.214.0.2") } else { (&go.namespace, "10.214.0.1") };
+        let count = SOAK_REQUESTS.to_string();
+        from.run_program("ping", &["-c", "1", "-W", "10", to]);
+        let output = from.run_program("ping", &["-q", "-c", &count, "-i", "3", "-W", "3", to]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(&format!("{count} received")), "{text}");
+    });
+}
+
+#[test]
+#[ignore = "takes ten minutes; run with --ignored"]
+fn soak_where_we_begin() {
+    soak(concat!(module_path!(), "::soak_where_we_begin"), true);
+}
+
+#[test]
+#[ignore = "takes ten minutes; run with --ignored"]
+fn soak_where_wireguard_go_begins() {
+    soak(concat!(module_path!(), "::soak_where_wireguard_go_begins"), false);
 }

@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, setns};
 /// Longest wait for anything that ought to happen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 /// A test that takes longer than this has hung.
-const WATCHDOG: Duration = Duration::from_secs(120);
+pub(crate) const WATCHDOG: Duration = Duration::from_secs(120);
 const INSIDE: &str = "MESH_TUNNEL_INSIDE_NAMESPACE";
 
 /// Declares tests that run inside namespaces of their own.
@@ -21,15 +21,17 @@ macro_rules! netns_tests {
         $(#[$attr])*
         #[test]
         fn $name() {
-            $crate::lab::in_namespaces(concat!(module_path!(), "::", stringify!($name)), || $body);
+            let path = concat!(module_path!(), "::", stringify!($name));
+            $crate::lab::in_namespaces(path, $crate::lab::WATCHDOG, || $body);
         }
     )* };
 }
 
-pub(crate) fn in_namespaces(path: &str, body: impl FnOnce()) {
+/// Runs `body` in namespaces of its own; `path` is the test's own, `limit` when it counts as hung.
+pub(crate) fn in_namespaces(path: &str, limit: Duration, body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
-        thread::spawn(|| {
-            thread::park_timeout(WATCHDOG);
+        thread::spawn(move || {
+            thread::park_timeout(limit);
             eprintln!("test ran into the watchdog");
             std::process::exit(101);
         });
@@ -40,7 +42,7 @@ pub(crate) fn in_namespaces(path: &str, body: impl FnOnce()) {
     let name = path.split_once("::").map_or(path, |(_, rest)| rest);
     let mut child = Command::new("unshare");
     child.args(["-Urnm", "--"]).arg(std::env::current_exe().unwrap());
-    child.args(["--exact", name, "--nocapture", "--test-threads=1"]).env(INSIDE, "1");
+    child.args(["--exact", name, "--nocapture", "--test-threads=1", "--include-ignored"]).env(INSIDE, "1");
     let output = child.output().expect("unshare (util-linux) must be installed");
     let text =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

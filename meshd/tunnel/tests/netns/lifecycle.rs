@@ -116,7 +116,8 @@ fn missing_rights_are_named() {
         assert!(error.to_string().contains("CAP_NET_ADMIN"));
         return;
     }
-    crate::lab::in_namespaces(concat!(module_path!(), "::missing_rights_are_named"), || {
+    let path = concat!(module_path!(), "::missing_rights_are_named");
+    crate::lab::in_namespaces(path, crate::lab::WATCHDOG, || {
         let output = Command::new("unshare")
             .args(["-Ur", "--"])
             .arg(std::env::current_exe().unwrap())
