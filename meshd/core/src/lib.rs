@@ -24,6 +24,10 @@ pub mod policy;
 pub mod view;
 pub mod world;
 
+pub mod endpoints;
+pub mod peer_table;
+pub mod rotation;
+
 pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
 pub use change::{Change, Record};
 pub use command::{Actor, Command, CommandKind, Denial, Request, Role, Which};
