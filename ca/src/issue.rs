@@ -264,6 +264,7 @@ pub fn issue_leaf<'k>(
     params.not_before = to_offset(not_before);
     params.not_after = to_offset(not_after);
     params.serial_number = Some(rcgen::SerialNumber::from_slice(serial.as_bytes()));
+    params.key_identifier_method = key.key_identifier();
     let der = issuer.sign(store, &params, key)?;
     recheck_leaf(&der, issuer, key, not_before, not_after)?;
     Ok(IssuedCertificate {
@@ -461,6 +462,7 @@ impl CaParams<'_> {
         params.not_before = to_offset(self.not_before);
         params.not_after = to_offset(self.not_after);
         params.serial_number = Some(rcgen::SerialNumber::from_slice(self.serial.as_bytes()));
+        params.key_identifier_method = self.public.key_identifier();
         Ok(params)
     }
 }

@@ -101,6 +101,12 @@ impl PublicKey {
         Sha256::digest(&self.der).into()
     }
 
+    /// subjectKeyIdentifier for this key: the first 160 bits of the SHA-256 of the public key's bits
+    /// (RFC 7093 §2 method 1). rcgen's default hashes the whole SubjectPublicKeyInfo, which is no method of that RFC.
+    pub(crate) fn key_identifier(&self) -> rcgen::KeyIdMethod {
+        rcgen::KeyIdMethod::PreSpecified(Sha256::digest(self.spki.der_bytes())[..20].to_vec())
+    }
+
     pub(crate) fn as_rcgen(&self) -> &rcgen::SubjectPublicKeyInfo {
         &self.spki
     }

@@ -1,0 +1,105 @@
+//! Writes a small authority to a folder, for judges that share no code with us.
+//!
+//! `cargo run -p mesh-ca --example chain -- DIR` makes a root, an issuing CA, a leaf of every profile and CRLs, all PEM:
+//!
+//! - `root.pem`, `issuing.pem`; `leaf-PROFILE.pem`, `leaf-long.pem` (its name does not fit a subject), `leaf-revoked.pem`
+//! - `root.crl.pem`, `issuing.crl.pem` (empty), `issuing-revoked.crl.pem` (lists `leaf-revoked.pem`)
+//! - `addressed/`: a leaf that names a CRL address, one of them revoked, and the CRL of that address
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mesh_ca::*;
+use time::UtcDateTime;
+
+const ADDRESS: &str = "http://crl.mesh.internal/0.crl";
+
+fn rng(bytes: &mut [u8]) {
+    aws_lc_rs::rand::fill(bytes).expect("the operating system has random bytes");
+}
+
+struct Writer {
+    folder: PathBuf,
+    store: MemoryKeyStore,
+    issuing: Issuer,
+}
+
+impl Writer {
+    fn leaf(&self, name: &str, template: &LeafTemplate) -> Result<SerialNumber, Box<dyn Error>> {
+        let key = LeafKey::generate()?;
+        let issued = issue_leaf(&self.issuing, &self.store, &key, template, SerialNumber::random(&mut rng))?;
+        self.write(name, bundle::encode_certificates([&issued.der]))?;
+        Ok(issued.serial)
+    }
+
+    fn crl(&self, name: &str, issuer: &Issuer, plan: &CrlPlan<'_>) -> Result<(), Box<dyn Error>> {
+        self.write(name, bundle::encode_crls([build_crl(issuer, &self.store, plan)?]))
+    }
+
+    fn write(&self, name: &str, text: String) -> Result<(), Box<dyn Error>> {
+        Ok(fs::write(self.folder.join(name), text)?)
+    }
+}
+
+fn template(profile: Profile, now: UtcDateTime) -> Result<LeafTemplate, NameError> {
+    let (node, lifetime) = (Label::parse("web-1")?, profile.default_lifetime());
+    let bare = |identity| LeafTemplate::new(profile, Some(identity), now, lifetime);
+    Ok(match profile {
+        Profile::Controller => LeafTemplate {
+            dns: vec![DnsName::parse("controller.mesh.internal")?],
+            ..bare(Identity::Controller { name: Label::parse("c1")? })
+        },
+        Profile::Node => LeafTemplate {
+            dns: vec![DnsName::parse("web-1.mesh.internal")?],
+            ips: vec![[100, 64, 0, 1].into(), [0xfd00, 0, 0, 0, 0, 0, 0, 1].into()],
+            wireguard_keys: vec![[7; 32], [8; 32]],
+            ..bare(Identity::Node { name: node })
+        },
+        Profile::Operator => bare(Identity::Operator { name: Label::parse("anna")? }),
+        Profile::Server | Profile::Client | Profile::Peer => {
+            let dns = vec![DnsName::parse("shop.mesh.internal")?];
+            LeafTemplate::service(profile, node, Label::parse("shop")?, dns, now, lifetime)
+        }
+    })
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let folder = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: chain DIR")?);
+    fs::create_dir_all(folder.join("addressed"))?;
+    let now = UtcDateTime::now();
+    let domain = TrustDomain::parse("mesh.internal")?;
+    let naming = CaNaming { mesh: "prod-eu", now };
+    let (root_id, issuing_id) = (KeyId::parse("root")?, KeyId::parse("issuing")?);
+    let mut store = MemoryKeyStore::new();
+    store.generate(root_id.clone())?;
+    store.generate(issuing_id.clone())?;
+    let root = create_root(&store, &root_id, naming, &mut rng)?;
+    let root = Issuer::new(&root.der, root_id, domain.clone(), &store)?;
+    let issuing = create_issuing_ca(&root, &store, &issuing_id, naming, &mut rng)?;
+    let issuing = Issuer::new(&issuing.der, issuing_id, domain, &store)?;
+    let writer = Writer { folder, store, issuing };
+    writer.write("root.pem", bundle::encode_certificates([root.certificate_der()]))?;
+    writer.write("issuing.pem", bundle::encode_certificates([writer.issuing.certificate_der()]))?;
+
+    for profile in Profile::ALL {
+        writer.leaf(&format!("leaf-{profile}.pem"), &template(profile, now)?)?;
+    }
+    let long = DnsName::parse(&format!("{}.mesh.internal", "a".repeat(60)))?;
+    writer.leaf("leaf-long.pem", &LeafTemplate { dns: vec![long], ..template(Profile::Server, now)? })?;
+    let revoked = writer.leaf("leaf-revoked.pem", &template(Profile::Peer, now)?)?;
+    writer.crl("root.crl.pem", &root, &CrlPlan::new(1, now, ROOT_CRL_LIFETIME, &[]))?;
+    let issuing = &writer.issuing;
+    writer.crl("issuing.crl.pem", issuing, &CrlPlan::new(1, now, CRL_LIFETIME, &[]))?;
+    let entry = |serial, reason| RevokedEntry { serial, revoked_at: now, reason };
+    let entries = [entry(revoked, RevocationReason::KeyCompromise)];
+    writer.crl("issuing-revoked.crl.pem", issuing, &CrlPlan::new(2, now, CRL_LIFETIME, &entries))?;
+
+    let addressed = LeafTemplate { crl_url: Some(ADDRESS.to_owned()), ..template(Profile::Peer, now)? };
+    let name = |file: &str| Path::new("addressed").join(file).to_string_lossy().into_owned();
+    writer.leaf(&name("leaf-peer.pem"), &addressed)?;
+    let revoked = writer.leaf(&name("leaf-revoked.pem"), &addressed)?;
+    let entries = [entry(revoked, RevocationReason::Unspecified)];
+    let plan = CrlPlan { url: Some(ADDRESS), ..CrlPlan::new(3, now, CRL_LIFETIME, &entries) };
+    writer.crl(&name("issuing.crl.pem"), issuing, &plan)
+}

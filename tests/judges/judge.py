@@ -1,0 +1,202 @@
+"""Judges a folder of `ca/examples/chain.rs` with OpenSSL, GnuTLS, pyca and pkilint.
+
+Each judgement is one line. What must be refused (a revoked leaf, a changed leaf, a leaf used for what it is not, a missing
+CRL) is judged as well: a judge that cannot say no proves nothing. Exits 1 if any judgement differs from what is expected.
+"""
+
+import base64
+import concurrent.futures
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+from cryptography import x509
+from cryptography.x509 import verification
+
+# What a leaf of each file may do, and a name a client would look for.
+SERVER, CLIENT = "server", "client"
+LEAVES = {
+    "leaf-controller.pem": ({SERVER, CLIENT}, "controller.mesh.internal"),
+    "leaf-node.pem": ({SERVER, CLIENT}, "web-1.mesh.internal"),
+    "leaf-server.pem": ({SERVER}, "shop.mesh.internal"),
+    "leaf-client.pem": ({CLIENT}, "shop.mesh.internal"),
+    "leaf-peer.pem": ({SERVER, CLIENT}, "shop.mesh.internal"),
+    "leaf-operator.pem": ({SERVER, CLIENT}, None),
+    "leaf-long.pem": ({SERVER}, "a" * 60 + ".mesh.internal"),
+}
+OPENSSL_PURPOSE = {SERVER: "sslserver", CLIENT: "sslclient"}
+GNUTLS_PURPOSE = {SERVER: "1.3.6.1.5.5.7.3.1", CLIENT: "1.3.6.1.5.5.7.3.2"}
+# pkilint takes every URI without a dotted host of a web scheme for wrong; SPIFFE IDs are what the SVID rules ask for.
+ACCEPTED = re.compile(r'^pkix\.invalid_uri_syntax: Invalid URI syntax: "spiffe://mesh\.internal/[a-z0-9/-]+"$')
+
+folder = pathlib.Path(sys.argv[1]).resolve()
+scratch_folder = tempfile.TemporaryDirectory(prefix="judges-")
+scratch = pathlib.Path(scratch_folder.name)
+root, issuing = folder / "root.pem", folder / "issuing.pem"
+root_crl = folder / "root.crl.pem"
+judgements = []
+
+
+def run(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
+    return done.returncode == 0, (done.stdout + done.stderr).strip()
+
+
+def joined(name, *parts):
+    path = scratch / name
+    path.write_text("".join(part.read_text() for part in parts))
+    return path
+
+
+def expect(what, accepted, detail, expected=True):
+    """Notes whether a judge said what it had to."""
+    right = accepted == expected
+    judgements.append(right)
+    print(f"{'ok  ' if right else 'FAIL'} {what}: {'accepted' if accepted else 'refused'}")
+    if not right:
+        print(f"     expected the opposite; the judge said:\n{detail}")
+
+
+def openssl(what, leaf, crls, use=None, host=None, expected=True):
+    command = ["openssl", "verify", "-x509_strict", "-crl_check_all", "-CAfile", root, "-untrusted", issuing]
+    command += ["-CRLfile", crls] if crls else []
+    command += ["-purpose", OPENSSL_PURPOSE[use]] if use else []
+    command += ["-verify_hostname", host] if host else []
+    expect(f"openssl  {what}", *run(*command, leaf), expected)
+
+
+def gnutls(what, leaf, crls, use=None, host=None, expected=True):
+    chain = joined("chain.pem", leaf, issuing)
+    command = ["certtool", "--verify", "--verify-profile", "medium", "--load-ca-certificate", root, "--infile", chain]
+    command += ["--load-crl", crls] if crls else []
+    command += ["--verify-purpose", GNUTLS_PURPOSE[use]] if use else []
+    command += ["--verify-hostname", host] if host else []
+    expect(f"gnutls   {what}", *run(*command), expected)
+
+
+def pyca(what, leaf, crl, use, host=None, expected=True):
+    """pyca checks chains but no CRLs; those are checked by hand here, by signature and serial."""
+    load = lambda path: x509.load_pem_x509_certificate(path.read_bytes())
+    try:
+        certificate, issuer = load(leaf), load(issuing)
+        builder = verification.PolicyBuilder().store(verification.Store([load(root)]))
+        if use == CLIENT:
+            builder.build_client_verifier().verify(certificate, [issuer])
+        else:
+            builder.build_server_verifier(x509.DNSName(host)).verify(certificate, [issuer])
+        revocations = x509.load_pem_x509_crl(crl.read_bytes())
+        if not revocations.is_signature_valid(issuer.public_key()) or revocations.issuer != issuer.subject:
+            raise ValueError("CRL is not by the issuing CA")
+        if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number):
+            raise ValueError("revoked")
+        accepted, detail = True, ""
+    except (verification.VerificationError, ValueError, x509.DuplicateExtension) as error:
+        accepted, detail = False, str(error)
+    expect(f"pyca     {what}", accepted, detail, expected)
+
+
+def pkilint(job):
+    what, command, expected = job
+    tool = pathlib.Path(sys.executable).parent / command[0]
+    arguments = [*command[1:], "-s", "NOTICE", "-f", "JSON"]
+    files = [part for part in arguments if isinstance(part, pathlib.Path)]
+    options = [part for part in arguments if not isinstance(part, pathlib.Path)]
+    _, output = run(tool, *options, *files)
+    try:
+        results = json.loads(output)["results"]
+    except (ValueError, KeyError):
+        # The tool failed: that is neither a yes nor a no, so it must not pass for what is expected.
+        return what, not expected, output, expected
+    findings = [
+        f"{finding['code']}: {finding.get('message') or ''}".strip()
+        for result in results
+        for finding in result["finding_descriptions"]
+    ]
+    foreign = [finding for finding in findings if not ACCEPTED.match(finding)]
+    return what, not foreign, "\n".join(foreign), expected
+
+
+def changed(name, path, old, new):
+    """A copy of a PEM file with some bytes of its DER replaced, so that its signature no longer fits."""
+    label, body = re.search(r"-----BEGIN ([A-Z0-9 ]+)-----\n(.*?)-----END", path.read_text(), re.S).groups()
+    der = base64.b64decode(body)
+    assert len(old) == len(new) and old in der, f"{path} does not hold what is to be changed"
+    text = base64.encodebytes(der.replace(old, new)).decode()
+    copy = scratch / name
+    copy.write_text(f"-----BEGIN {label}-----\n{text}-----END {label}-----\n")
+    return copy
+
+
+def judge_chains():
+    issuing_crl = folder / "issuing-revoked.crl.pem"
+    crls = joined("crls.pem", issuing_crl, root_crl)
+    empty = joined("empty-crls.pem", folder / "issuing.crl.pem", root_crl)
+    for name, (uses, host) in LEAVES.items():
+        leaf = folder / name
+        openssl(f"{name}, empty CRLs", leaf, empty)
+        for use in (SERVER, CLIENT):
+            name_to_check = host if use == SERVER else None
+            may = use in uses
+            openssl(f"{name} as {use}", leaf, crls, use, name_to_check, may)
+            gnutls(f"{name} as {use}", leaf, crls, use, name_to_check, may)
+            if use == CLIENT or host:
+                pyca(f"{name} as {use}", leaf, issuing_crl, use, host, may)
+        openssl(f"{name} under another name", leaf, crls, host="evil.mesh.internal", expected=False)
+    peer = folder / "leaf-peer.pem"
+    openssl("leaf-peer.pem without any CRL", peer, None, expected=False)
+    openssl("leaf-peer.pem without the root's CRL", peer, issuing_crl, expected=False)
+
+    revoked = folder / "leaf-revoked.pem"
+    openssl("leaf-revoked.pem before its revocation", revoked, empty)
+    openssl("leaf-revoked.pem", revoked, crls, expected=False)
+    gnutls("leaf-revoked.pem", revoked, crls, expected=False)
+    pyca("leaf-revoked.pem", revoked, issuing_crl, CLIENT, expected=False)
+
+    addressed = joined("addressed.pem", folder / "addressed/issuing.crl.pem", root_crl)
+    for leaf, good in ((folder / "addressed/leaf-peer.pem", True), (folder / "addressed/leaf-revoked.pem", False)):
+        openssl(f"addressed/{leaf.name}", leaf, addressed, expected=good)
+        gnutls(f"addressed/{leaf.name}", leaf, addressed, expected=good)
+        pyca(f"addressed/{leaf.name}", leaf, folder / "addressed/issuing.crl.pem", CLIENT, expected=good)
+
+
+def judge_changed():
+    """Proof that the judges look at the signature and at the rules."""
+    crl = folder / "issuing-revoked.crl.pem"
+    crls = joined("crls.pem", crl, root_crl)
+    leaf = changed("changed.pem", folder / "leaf-peer.pem", b"shop", b"sh*p")
+    openssl("a changed leaf", leaf, crls, expected=False)
+    gnutls("a changed leaf", leaf, crls, expected=False)
+    pyca("a changed leaf", leaf, crl, CLIENT, expected=False)
+    # cRLNumber becomes an extension nobody knows.
+    unnumbered = changed("changed.crl.pem", crl, b"\x55\x1d\x14", b"\x55\x1d\x63")
+    openssl("a changed CRL", folder / "leaf-peer.pem", joined("changed-crls.pem", unnumbered, root_crl), expected=False)
+    return [
+        ("a changed leaf", ["lint_pkix_cert", "lint", leaf], False),
+        ("a changed CRL", ["lint_crl", "lint", "-t", "CRL", "-p", "PKIX", unnumbered], False),
+    ]
+
+
+def lint_jobs():
+    certificates = [root, issuing, *sorted(folder.glob("leaf-*.pem")), *sorted(folder.glob("addressed/leaf-*.pem"))]
+    for path in certificates:
+        yield str(path.relative_to(folder)), ["lint_pkix_cert", "lint", path], True
+    pair = "lint_pkix_signer_signee_cert_chain"
+    yield "root.pem signs issuing.pem", [pair, "lint", root, issuing], True
+    for name in LEAVES:
+        yield f"issuing.pem signs {name}", [pair, "lint", issuing, folder / name], True
+    for path in [*sorted(folder.glob("issuing*.crl.pem")), *sorted(folder.glob("addressed/*.crl.pem"))]:
+        yield str(path.relative_to(folder)), ["lint_crl", "lint", "-t", "CRL", "-p", "PKIX", path], True
+    yield "root.crl.pem", ["lint_crl", "lint", "-t", "ARL", "-p", "PKIX", root_crl], True
+
+
+judge_chains()
+jobs = [*judge_changed(), *lint_jobs()]
+with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+    for what, accepted, detail, expected in pool.map(pkilint, jobs):
+        expect(f"pkilint  {what}", accepted, detail, expected)
+wrong = judgements.count(False)
+print(f"{len(judgements)} judgements, {wrong} wrong")
+sys.exit(wrong > 0)
