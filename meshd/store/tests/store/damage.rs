@@ -165,6 +165,25 @@ fn frames_that_are_swapped_repeated_or_missing_are_refused() {
 }
 
 #[test]
+fn a_frame_of_another_history_is_refused() {
+    let (folder, ends) = three_frames();
+    let other = tempfile::tempdir().unwrap();
+    let mut journal =
+        FileJournal::open(other.path(), FileOptions { segment_bytes: 64 * 1024, ..options() }).unwrap();
+    for batch in 50..53 {
+        append(&mut journal, &[record(batch * 2 + 1, 40), record(batch * 2 + 2, 60)]);
+    }
+    fs::remove_file(folder.path().join("head")).unwrap();
+    // Numbered right and with right checksums: only the hash before it gives it away.
+    let last = ends[2] as usize..ends[3] as usize;
+    let foreign = fs::read(only_segment(other.path())).unwrap()[last.clone()].to_vec();
+    edit(&only_segment(folder.path()), |bytes| bytes[last].copy_from_slice(&foreign));
+    let error = refusal(folder.path(), options());
+    let JournalError::Damaged { seq: 5, damage, evidence, .. } = &error else { panic!("{error}") };
+    assert_eq!((*damage, evidence), (Damage::Chain, &Evidence::Whole), "{error}");
+}
+
+#[test]
 fn a_segment_that_is_missing_or_cut_short_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut journal = open(folder.path());
