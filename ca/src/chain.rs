@@ -6,7 +6,7 @@ use rustls_pki_types::{CertificateDer, TrustAnchor};
 use time::UtcDateTime;
 
 use crate::identity::TrustDomain;
-use crate::instant::{from_asn1, from_unix, to_unix};
+use crate::instant::{from_asn1, from_unix, to_unix, whole_seconds};
 use crate::issue::AnyPurpose;
 use crate::key::PublicKey;
 use crate::leaf::{
@@ -233,6 +233,7 @@ pub fn verify_chain(
     usage: Usage,
     revocation: Option<&RevocationLists>,
 ) -> Result<VerifiedLeaf, ChainError> {
+    let at = whole_seconds(at);
     check_sizes(leaf, intermediates)?;
     let mut verified = read_leaf(leaf, anchors.domain()).map_err(ChainError::Leaf)?;
     let der = CertificateDer::from(leaf);
@@ -298,6 +299,7 @@ pub fn verify_chain_expired_ok(
 ) -> Result<Verified, ChainError> {
     check_sizes(leaf, intermediates)?;
     let claimed = read_leaf(leaf, anchors.domain()).map_err(ChainError::Leaf)?;
+    let at = whole_seconds(at);
     let moment = at.min(claimed.not_after);
     let leaf = verify_chain(leaf, intermediates, anchors, moment, usage, revocation)?;
     Ok(Verified { expired: at > leaf.not_after, leaf })

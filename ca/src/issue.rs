@@ -281,7 +281,8 @@ pub fn issue_leaf<'k>(
 fn cut_validity(issuer: &Issuer, template: &LeafTemplate) -> Result<(UtcDateTime, UtcDateTime), IssueError> {
     let not_before = whole_seconds(template.not_before).max(issuer.not_before);
     let not_after = whole_seconds(template.not_after).min(issuer.not_after);
-    if not_after - not_before < LEAF_VALIDITY_MIN {
+    let cut = not_after < whole_seconds(template.not_after);
+    if not_after <= not_before || (cut && not_after - not_before < LEAF_VALIDITY_MIN) {
         return Err(IssueError::IssuerEnds(issuer.not_after));
     }
     Ok((not_before, not_after))

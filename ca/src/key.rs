@@ -1,7 +1,6 @@
 //! Public keys that may be certified, and the key pair of a leaf.
 
 use std::fmt;
-use std::sync::Arc;
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -172,7 +171,7 @@ fn read_rsa(bits: &[u8]) -> der::Result<(UintRef<'_>, UintRef<'_>)> {
 
 /// The ECDSA P-256 key pair of a leaf. It is born where it is used and never leaves the host; it cannot be printed.
 pub struct LeafKey {
-    pair: Arc<EcdsaKeyPair>,
+    pair: EcdsaKeyPair,
     pkcs8: Zeroizing<Vec<u8>>,
     public: PublicKey,
 }
@@ -190,7 +189,7 @@ impl LeafKey {
         let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, pkcs8)
             .map_err(|_| KeyError::PrivateKey)?;
         let public = p256_public_key(&pair).ok_or(KeyError::PrivateKey)?;
-        Ok(Self { pair: Arc::new(pair), pkcs8: Zeroizing::new(pkcs8.to_vec()), public })
+        Ok(Self { pair, pkcs8: Zeroizing::new(pkcs8.to_vec()), public })
     }
 
     /// Reads one PEM block `PRIVATE KEY` (RFC 7468 §10).

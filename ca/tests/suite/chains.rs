@@ -221,6 +221,18 @@ fn a_root_past_its_own_validity_carries_nothing() {
 }
 
 #[test]
+fn the_lease_ends_with_the_first_certificate_of_the_chain() {
+    // Signed past the rules, for longer than its issuer lives.
+    let authority = Authority::new();
+    let mut params = Authority::raw_params(&["spiffe://mesh.internal/service/web-1/shop"]);
+    params.not_after = (authority.issuing.not_after() + HOUR).to_offset(time::UtcOffset::UTC);
+    let der = authority.sign_raw(&params, &LeafKey::generate().unwrap());
+    let verified = authority.verify(&der, Usage::Any).unwrap();
+    assert_eq!(verified.not_after, authority.issuing.not_after() + HOUR);
+    assert_eq!(verified.chain_not_after, authority.issuing.not_after());
+}
+
+#[test]
 fn resume_takes_an_expired_leaf_but_no_expired_forgery() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let late = NOW + 300 * HOUR;
