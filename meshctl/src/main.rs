@@ -1,1 +1,127 @@
-fn main() {}
+//! `meshctl`: the one command people type to see and steer a mesh.
+//!
+//! One file per noun; `client` finds the daemons, `output` and `error` speak to people and scripts.
+#![forbid(unsafe_code)]
+
+mod cli;
+
+mod app;
+mod client;
+mod context;
+mod error;
+mod output;
+mod secret;
+mod text;
+mod trust;
+
+mod audit;
+mod ca;
+mod cert;
+mod completions;
+mod demo;
+mod doctor;
+mod enroll;
+mod explain;
+mod login;
+mod node;
+mod operator;
+mod ping;
+mod policy;
+mod probe;
+mod revocation;
+mod status;
+mod token;
+
+use std::process::ExitCode;
+
+use clap::{Parser, error::ErrorKind};
+use mesh_proto::v1::ErrorCode;
+
+use crate::{
+    app::App,
+    cli::{Cli, Command},
+    error::{Exit, Failure, Result, code_name},
+    output::{Tone, paint, write_bytes},
+};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error).into(),
+    };
+    let app = cli.globals.app();
+    match run(cli.command, &app) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            failure.print(Some(&app.out));
+            failure.exit.into()
+        }
+    }
+}
+
+fn run(command: Command, app: &App) -> Result<Exit> {
+    match command {
+        // The demo enters namespaces, which only a process of one thread can do: no runtime yet.
+        Command::Demo(demo) => demo.run(&app.out),
+        Command::Probe(probe) => probe.run(),
+        Command::Completions(completions) => Ok(completions.run()),
+        Command::Explain(explain) => explain.run(&app.out),
+        command => runtime()?.block_on(ask(command, app)),
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+        Failure::new(ErrorCode::Internal, "cannot start")
+            .why(error.to_string())
+            .next("see the limits of this user, then try again")
+    })
+}
+
+async fn ask(command: Command, app: &App) -> Result<Exit> {
+    match command {
+        Command::Token(command) => command.run(app).await,
+        Command::Enroll(command) => command.run(app).await,
+        Command::Leave(command) => command.run(app).await,
+        Command::Node(command) => command.run(app).await,
+        Command::Cert(command) => command.run(app).await,
+        Command::Ca(command) => command.run(app).await,
+        Command::Policy(command) => command.run(app).await,
+        Command::Status(command) => command.run(app).await,
+        Command::Ping(command) => command.run(app).await,
+        Command::Doctor(command) => command.run(app).await,
+        Command::Audit(command) => command.run(app).await,
+        Command::Operator(command) => command.run(app).await,
+        Command::Login(command) => command.run(app).await,
+        Command::Demo(_) | Command::Probe(_) | Command::Completions(_) | Command::Explain(_) => {
+            unreachable!("`run` answers these without a runtime")
+        }
+    }
+}
+
+/// Help and version go to stdout; a wrong command line is E0902 and exit 2.
+fn usage(error: &clap::Error) -> Exit {
+    let text = error.render().ansi().to_string();
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        anstream::print!("{text}");
+        return Exit::Done;
+    }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        anstream::eprint!("{text}");
+        return Exit::Usage;
+    }
+    let plain = error.render().to_string();
+    let body = plain.strip_prefix("error: ").unwrap_or(&plain);
+    anstream::eprint!("{} {body}", paint(Tone::Bad, &format!("error[{}]:", code_name(ErrorCode::Usage))));
+    if std::env::args()
+        .any(|argument| argument == "json" || argument == "-ojson" || argument == "--output=json")
+    {
+        let first = body.lines().next().unwrap_or_default();
+        let document = serde_json::json!({
+            "apiVersion": output::API_VERSION, "kind": "Error", "code": code_name(ErrorCode::Usage), "error": first,
+            "facts": [], "why": "", "do": "see --help", "exit": Exit::Usage as u8,
+        });
+        write_bytes(format!("{document}\n").as_bytes());
+    }
+    Exit::Usage
+}

@@ -1,0 +1,237 @@
+//! `meshctl ca`: root, issuing CAs, CRLs.
+
+use std::path::PathBuf;
+
+use mesh_ca::bundle::{encode_certificates, encode_crls};
+use mesh_proto::v1::{self as pb, ErrorCode, ca_client::CaClient, certificates_client::CertificatesClient};
+use serde_json::{Value, json};
+
+use crate::{
+    app::{App, client},
+    context,
+    error::{Exit, Failure, Result},
+    output::{Format, Table, write_bytes},
+    text::{ago, date, fingerprint, left, now, rfc3339, safe},
+};
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Root, issuing CAs and CRLs with their dates
+    Show,
+    /// The root certificate, PEM
+    Root(Root),
+    /// SHA-256 of the root's public key: what join tokens pin
+    Fingerprint,
+    /// The current CRLs, PEM
+    Crl(Crl),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Root {
+    /// Write it to this file
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Crl {
+    /// The issuing CA's CRL alone, as DER
+    #[arg(long)]
+    der: bool,
+}
+
+impl Command {
+    pub(crate) async fn run(self, app: &App) -> Result<Exit> {
+        match self {
+            Self::Show => show(app).await?,
+            Self::Root(root) => root.run(app).await?,
+            Self::Fingerprint => print_fingerprint(app).await?,
+            Self::Crl(crl) => crl.run(app).await?,
+        }
+        Ok(Exit::Done)
+    }
+}
+
+async fn info(app: &App) -> Result<pb::CaInfo> {
+    app.ask(client!(CaClient<_>, app.controller().await?).show(pb::Empty {})).await
+}
+
+async fn show(app: &App) -> Result<()> {
+    let info = info(app).await?;
+    match app.out.format {
+        Format::Json => app.out.document("Ca", &document(&info)),
+        Format::Name => {
+            info.roots.iter().chain(&info.issuers).for_each(|ca| app.out.line(&safe(&ca.subject)))
+        }
+        Format::Table | Format::Wide => {
+            app.out.line(&format!(
+                "fleet {}   domain {}   keys unlocked by {}",
+                safe(&info.fleet),
+                safe(&info.trust_domain),
+                safe(&info.unlock)
+            ));
+            authorities(&info).lines().iter().for_each(|line| app.out.line(line));
+            app.out.line("");
+            crls(&info, now()).lines().iter().for_each(|line| app.out.line(line));
+        }
+    }
+    Ok(())
+}
+
+fn authorities(info: &pb::CaInfo) -> Table {
+    let mut table = Table::new(&["CA", "SUBJECT", "FROM", "UNTIL", "KEY"]);
+    let kinds = info.roots.iter().map(|ca| ("root", ca)).chain(info.issuers.iter().map(|ca| ("issuing", ca)));
+    for (kind, ca) in kinds {
+        table.row([
+            kind.into(),
+            ca.subject.clone(),
+            date(ca.not_before),
+            date(ca.not_after),
+            fingerprint(&ca.spki_sha256),
+        ]);
+    }
+    table
+}
+
+fn crls(info: &pb::CaInfo, now: i64) -> Table {
+    let mut table = Table::new(&["CRL", "ISSUER", "ENTRIES", "SIGNED", "GOOD FOR"]);
+    for crl in &info.crls {
+        table.row([
+            format!("#{}", crl.number),
+            crl.issuer.clone(),
+            crl.entries.to_string(),
+            ago(crl.this_update, now),
+            left(crl.next_update, now),
+        ]);
+    }
+    table
+}
+
+fn document(info: &pb::CaInfo) -> Value {
+    let authority = |ca: &pb::CaCertificate| {
+        json!({
+            "subject": ca.subject, "serial": hex::encode(&ca.serial), "notBefore": rfc3339(ca.not_before),
+            "notAfter": rfc3339(ca.not_after), "spkiSha256": hex::encode(&ca.spki_sha256), "pem": encode_certificates([&ca.der]),
+        })
+    };
+    let crl = |crl: &pb::CrlInfo| {
+        json!({
+            "issuer": crl.issuer, "issuerKeyId": hex::encode(&crl.issuer_key_id), "shard": crl.shard, "number": crl.number,
+            "thisUpdate": rfc3339(crl.this_update), "nextUpdate": rfc3339(crl.next_update), "entries": crl.entries,
+        })
+    };
+    json!({
+        "fleet": info.fleet, "trustDomain": info.trust_domain, "rootSpkiSha256": hex::encode(&info.root_spki_sha256),
+        "unlock": info.unlock, "roots": info.roots.iter().map(authority).collect::<Vec<_>>(),
+        "issuers": info.issuers.iter().map(authority).collect::<Vec<_>>(),
+        "crls": info.crls.iter().map(crl).collect::<Vec<_>>(),
+    })
+}
+
+impl Root {
+    async fn run(self, app: &App) -> Result<()> {
+        let info = info(app).await?;
+        let text: String = info.roots.iter().map(|root| encode_certificates([&root.der])).collect();
+        let Some(path) = self.out else {
+            if app.out.is_json() {
+                app.out.document(
+                    "RootCertificate",
+                    &json!({ "pem": text, "spkiSha256": hex::encode(&info.root_spki_sha256) }),
+                );
+            } else {
+                app.out.write(&text);
+            }
+            return Ok(());
+        };
+        let same = std::fs::read_to_string(&path).is_ok_and(|old| old == text);
+        if !same {
+            context::replace(&path, text.as_bytes(), 0o644)
+                .map_err(|error| Failure::file("write", &path, &error))?;
+        }
+        let name = path.display().to_string();
+        let line = format!("root certificate {} {name}", if same { "is already in" } else { "written to" });
+        app.out.action("RootCertificate", !same, json!({ "path": name }), &name, &[line]);
+        Ok(())
+    }
+}
+
+async fn print_fingerprint(app: &App) -> Result<()> {
+    let info = info(app).await?;
+    let text = fingerprint(&info.root_spki_sha256);
+    if app.out.is_json() {
+        app.out.document(
+            "Fingerprint",
+            &json!({ "rootSpkiSha256": hex::encode(&info.root_spki_sha256), "text": text }),
+        );
+    } else {
+        app.out.line(&text);
+    }
+    Ok(())
+}
+
+impl Crl {
+    async fn run(self, app: &App) -> Result<()> {
+        let channel = app.controller().await?;
+        let crls = app.ask(client!(CertificatesClient<_>, channel).crls(pb::Empty {})).await?.crls;
+        if self.der {
+            if app.out.is_json() {
+                return Err(Failure::usage("DER is no JSON", "leave out --der or -o json"));
+            }
+            let info = info(app).await?;
+            let issuing = issuing_crl(&crls, &info).ok_or_else(|| {
+                Failure::new(ErrorCode::CertificateNotFound, "the controller has no CRL of an issuing CA")
+                    .next("look at `meshctl ca show`")
+            })?;
+            write_bytes(&issuing.der);
+            return Ok(());
+        }
+        if app.out.is_json() {
+            let items: Vec<Value> = crls
+                .iter()
+                .map(|crl| {
+                    json!({
+                        "issuerKeyId": hex::encode(&crl.issuer_key_id), "shard": crl.shard, "number": crl.number,
+                        "pem": encode_crls([&crl.der]),
+                    })
+                })
+                .collect();
+            app.out.list_document("CrlList", &items);
+        } else {
+            crls.iter().for_each(|crl| app.out.write(&encode_crls([&crl.der])));
+        }
+        Ok(())
+    }
+}
+
+/// The newest CRL that is not of a root.
+fn issuing_crl<'a>(crls: &'a [pb::Crl], info: &pb::CaInfo) -> Option<&'a pb::Crl> {
+    let roots: Vec<&str> = info.roots.iter().map(|root| root.subject.as_str()).collect();
+    let of_root = |crl: &pb::Crl| {
+        info.crls
+            .iter()
+            .any(|known| known.issuer_key_id == crl.issuer_key_id && roots.contains(&known.issuer.as_str()))
+    };
+    crls.iter().filter(|crl| !of_root(crl)).max_by_key(|crl| crl.number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn der_means_the_newest_crl_of_an_issuing_ca() {
+        let crl = |key: u8, number| pb::Crl { issuer_key_id: vec![key].into(), number, ..pb::Crl::default() };
+        let known = |key: u8, issuer: &str| pb::CrlInfo {
+            issuer_key_id: vec![key].into(),
+            issuer: issuer.into(),
+            ..pb::CrlInfo::default()
+        };
+        let info = pb::CaInfo {
+            roots: vec![pb::CaCertificate { subject: "root".into(), ..pb::CaCertificate::default() }],
+            crls: vec![known(1, "root"), known(2, "issuing")],
+            ..pb::CaInfo::default()
+        };
+        assert_eq!(issuing_crl(&[crl(1, 99), crl(2, 3), crl(2, 4)], &info).unwrap().number, 4);
+        assert!(issuing_crl(&[crl(1, 99)], &info).is_none());
+    }
+}

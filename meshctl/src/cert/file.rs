@@ -1,0 +1,422 @@
+//! Certificate files: what stands in them, and whether they hold.
+
+use std::{
+    fs::File,
+    io::Read as _,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use mesh_ca::{LeafKey, bundle};
+use mesh_proto::v1::ErrorCode;
+use rustls_pki_types::{CertificateDer, SignatureVerificationAlgorithm, UnixTime};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use webpki::{
+    BorrowedCertRevocationList, CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage,
+    RevocationCheckDepth, RevocationOptionsBuilder, UnknownStatusPolicy, anchor_from_trusted_cert,
+};
+use x509_parser::{
+    extensions::{GeneralName, ParsedExtension},
+    prelude::{FromDer as _, X509Certificate},
+};
+
+use super::listing::lines;
+use crate::{
+    app::App,
+    error::{Exit, Failure, Result},
+    output::{Format, Tone, paint},
+    text::{fingerprint, left, now, rfc3339},
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Verify {
+    /// The certificate, leaf first, then its issuing CA
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Roots to trust; ca.pem beside FILE unless given
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// CRLs; crl.pem beside FILE unless given
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
+}
+
+/// What a certificate says about itself; nothing of it is proved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) subject: String,
+    pub(crate) issuer: String,
+    pub(crate) serial: String,
+    pub(crate) is_ca: bool,
+    pub(crate) names: Vec<String>,
+    pub(crate) spiffe: String,
+    pub(crate) uses: Vec<&'static str>,
+    pub(crate) not_before: i64,
+    pub(crate) not_after: i64,
+    pub(crate) key_hash: [u8; 32],
+}
+
+impl Facts {
+    pub(crate) fn read(der: &[u8]) -> Result<Self> {
+        let (rest, parsed) = X509Certificate::from_der(der).map_err(|error| malformed(&error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(malformed("bytes follow the certificate"));
+        }
+        let mut facts = Self {
+            subject: parsed.subject().to_string(),
+            issuer: parsed.issuer().to_string(),
+            serial: hex::encode(parsed.raw_serial()),
+            is_ca: parsed.is_ca(),
+            names: Vec::new(),
+            spiffe: String::new(),
+            uses: Vec::new(),
+            not_before: parsed.validity().not_before.timestamp(),
+            not_after: parsed.validity().not_after.timestamp(),
+            key_hash: Sha256::digest(parsed.public_key().raw).into(),
+        };
+        for extension in parsed.extensions() {
+            match extension.parsed_extension() {
+                ParsedExtension::SubjectAlternativeName(san) => {
+                    san.general_names.iter().for_each(|name| facts.add_name(name));
+                }
+                ParsedExtension::ExtendedKeyUsage(usage) => {
+                    facts.uses.extend(usage.server_auth.then_some("server"));
+                    facts.uses.extend(usage.client_auth.then_some("client"));
+                }
+                _ => {}
+            }
+        }
+        Ok(facts)
+    }
+
+    fn add_name(&mut self, name: &GeneralName<'_>) {
+        match name {
+            GeneralName::DNSName(text) => self.names.push((*text).to_owned()),
+            GeneralName::URI(text) if text.starts_with("spiffe://") => self.spiffe = (*text).to_owned(),
+            GeneralName::URI(text) => self.names.push((*text).to_owned()),
+            GeneralName::IPAddress(octets) => {
+                let four = <[u8; 4]>::try_from(*octets).map(IpAddr::from);
+                let sixteen = <[u8; 16]>::try_from(*octets).map(IpAddr::from);
+                self.names.extend(four.or(sixteen).ok().map(|ip| ip.to_string()));
+            }
+            other => self.names.push(other.to_string()),
+        }
+    }
+
+    fn document(&self) -> Value {
+        json!({
+            "subject": self.subject, "issuer": self.issuer, "serial": self.serial, "ca": self.is_ca, "names": self.names,
+            "spiffe": self.spiffe, "uses": self.uses, "notBefore": rfc3339(self.not_before),
+            "notAfter": rfc3339(self.not_after), "keySha256": hex::encode(self.key_hash),
+        })
+    }
+
+    fn describe(&self, now: i64) -> Vec<String> {
+        let ended = self.not_after <= now;
+        let state = if ended { paint(Tone::Bad, "ended") } else { String::new() };
+        let facts = [
+            ("serial", self.serial.clone()),
+            ("issuer", self.issuer.clone()),
+            ("names", self.names.join(" ")),
+            ("spiffe", self.spiffe.clone()),
+            ("for", if self.is_ca { "signing (CA)".to_owned() } else { self.uses.join(" and ") }),
+            ("from", rfc3339(self.not_before).unwrap_or_default()),
+            (
+                "until",
+                format!("{} ({})", rfc3339(self.not_after).unwrap_or_default(), left(self.not_after, now)),
+            ),
+            ("key", fingerprint(&self.key_hash)),
+        ];
+        let title =
+            if self.subject.is_empty() { self.names.first().unwrap_or(&self.serial) } else { &self.subject };
+        lines(title, &state, &facts)
+    }
+}
+
+fn malformed(why: &str) -> Failure {
+    Failure::new(ErrorCode::CertificateInvalid, "this is not a certificate")
+        .why(why)
+        .next("give a PEM or DER file of a certificate")
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let failed = |error| Failure::file("read", path, &error);
+    let limit = bundle::PEM_BYTES_MAX as u64 + 1;
+    File::open(path).map_err(failed)?.take(limit).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+/// PEM, or one certificate in DER.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let bytes = read(path)?;
+    // DER begins with SEQUENCE, PEM with a dash or text.
+    if bytes.first() == Some(&0x30) {
+        return Ok(vec![CertificateDer::from(bytes)]);
+    }
+    bundle::parse_certificates(&bytes)
+        .map_err(|error| malformed(&error.to_string()).fact(path.display().to_string()))
+}
+
+/// `meshctl cert show FILE`.
+pub(super) fn show(app: &App, path: &Path) -> Result<Exit> {
+    let all: Vec<Facts> = certificates(path)?.iter().map(|der| Facts::read(der)).collect::<Result<_>>()?;
+    let now = now();
+    match app.out.format {
+        Format::Json => {
+            app.out.list_document("CertificateFile", &all.iter().map(Facts::document).collect::<Vec<_>>());
+        }
+        Format::Name => all.iter().for_each(|facts| app.out.line(&facts.serial)),
+        Format::Table | Format::Wide => {
+            all.iter().flat_map(|facts| facts.describe(now)).for_each(|line| app.out.line(&line))
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// Everything a verdict needs, read from disk.
+struct Case {
+    chain: Vec<CertificateDer<'static>>,
+    roots: Vec<CertificateDer<'static>>,
+    crls: Vec<Vec<u8>>,
+    key: Option<LeafKey>,
+}
+
+impl Verify {
+    #[expect(clippy::unused_async, reason = "every command is awaited")]
+    pub(crate) async fn run(self, app: &App) -> Result<Exit> {
+        let case = self.read()?;
+        let leaf = Facts::read(&case.chain[0])?;
+        let problem = judge(&case, &leaf, now());
+        let unchecked = case.crls.is_empty();
+        if app.out.is_json() {
+            let mut body = leaf.document();
+            body["valid"] = problem.is_none().into();
+            body["why"] = problem.clone().into();
+            body["revocationChecked"] = (!unchecked).into();
+            app.out.document("CertificateVerification", &body);
+        } else if problem.is_none() {
+            app.out.line(&format!("{}: good for {}", self.file.display(), left(leaf.not_after, now())));
+        }
+        if unchecked {
+            app.out.note("revocation was not checked: no crl.pem beside the certificate and no --crl");
+        }
+        let Some(why) = problem else { return Ok(Exit::Done) };
+        if !app.out.is_json() {
+            Failure::new(ErrorCode::CertificateInvalid, format!("{} does not hold", self.file.display()))
+                .why(why)
+                .next("issue it again with `meshctl cert issue`")
+                .print(None);
+        }
+        Ok(Exit::Findings)
+    }
+
+    fn read(&self) -> Result<Case> {
+        let beside = |name: &str| Some(self.file.with_file_name(name)).filter(|path| path.is_file());
+        let roots = self.ca.clone().or_else(|| beside("ca.pem")).ok_or_else(|| {
+            Failure::usage(
+                "there is no root to check against",
+                "put ca.pem beside the certificate, or name it with --ca (`meshctl ca root --out F`)",
+            )
+        })?;
+        let crls = match self.crl.clone().or_else(|| beside("crl.pem")) {
+            Some(path) => bundle::parse_crls(&read(&path)?).map_err(|error| {
+                Failure::new(ErrorCode::CertificateInvalid, format!("{} holds no CRL", path.display()))
+                    .why(error.to_string())
+            })?,
+            None => Vec::new(),
+        };
+        let key = beside("key.pem")
+            .and_then(|path| std::fs::read_to_string(path).ok())
+            .and_then(|text| LeafKey::from_pkcs8_pem(&text).ok());
+        Ok(Case { chain: certificates(&self.file)?, roots: certificates(&roots)?, crls, key })
+    }
+}
+
+/// Why the certificate does not hold, or `None`.
+fn judge(case: &Case, leaf: &Facts, now: i64) -> Option<String> {
+    if case.key.as_ref().is_some_and(|key| key.key_hash() != leaf.key_hash) {
+        return Some("key.pem beside it is the key of another certificate".to_owned());
+    }
+    if leaf.is_ca {
+        return Some("it is a CA certificate, not a leaf".to_owned());
+    }
+    check_chain(case, leaf, now).err()
+}
+
+fn check_chain(case: &Case, leaf: &Facts, now: i64) -> Result<(), String> {
+    let anchors = case
+        .roots
+        .iter()
+        .map(|root| {
+            anchor_from_trusted_cert(root).map_err(|error| format!("the root cannot be read: {error}"))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let parsed: Vec<CertRevocationList<'_>> = case
+        .crls
+        .iter()
+        .map(|der| BorrowedCertRevocationList::from_der(der).map(Into::into))
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("the CRL cannot be read: {error}"))?;
+    let crls: Vec<&CertRevocationList<'_>> = parsed.iter().collect();
+    let revocation = RevocationOptionsBuilder::new(&crls).ok().map(|builder| {
+        builder
+            .with_depth(RevocationCheckDepth::Chain)
+            .with_status_policy(UnknownStatusPolicy::Deny)
+            .with_expiration_policy(ExpirationPolicy::Enforce)
+            .build()
+    });
+    let usage = if leaf.uses.contains(&"server") { KeyUsage::server_auth() } else { KeyUsage::client_auth() };
+    let time = UnixTime::since_unix_epoch(std::time::Duration::from_secs(u64::try_from(now).unwrap_or(0)));
+    let algorithms: &[&dyn SignatureVerificationAlgorithm] = webpki::ALL_VERIFICATION_ALGS;
+    EndEntityCert::try_from(&case.chain[0])
+        .and_then(|end| {
+            end.verify_for_usage(algorithms, &anchors, &case.chain[1..], time, usage, revocation, None)
+                .map(drop)
+        })
+        .map_err(|error| explain(&error))
+}
+
+fn explain(error: &webpki::Error) -> String {
+    let at = |time: UnixTime| i64::try_from(time.as_secs()).ok().and_then(rfc3339).unwrap_or_default();
+    match error {
+        webpki::Error::CertExpired { not_after, .. } => format!("it ended at {}", at(*not_after)),
+        webpki::Error::CertNotValidYet { not_before, .. } => {
+            format!("it is not valid before {}", at(*not_before))
+        }
+        webpki::Error::CertRevoked => "it is revoked".to_owned(),
+        webpki::Error::UnknownIssuer => {
+            "it does not lead to the root: another mesh, or the issuing CA is missing in the file".to_owned()
+        }
+        webpki::Error::InvalidSignatureForPublicKey => "a signature in its chain is wrong".to_owned(),
+        webpki::Error::UnknownRevocationStatus => {
+            "crl.pem says nothing about a certificate of its chain".to_owned()
+        }
+        webpki::Error::CrlExpired { next_update, .. } => format!("crl.pem ended at {}", at(*next_update)),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+        ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams,
+        SerialNumber,
+    };
+    use time::{Duration, OffsetDateTime};
+
+    use super::*;
+
+    struct Pki {
+        folder: tempfile::TempDir,
+        root: CertifiedIssuer<'static, KeyPair>,
+    }
+
+    impl Pki {
+        fn new() -> Self {
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            let root = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join("ca.pem"), root.pem()).unwrap();
+            Self { folder, root }
+        }
+
+        /// Writes cert.pem and key.pem of a leaf that ends at `until`.
+        fn leaf(&self, until: OffsetDateTime) -> PathBuf {
+            let mut params = CertificateParams::new(vec!["api.mesh.internal".to_owned()]).unwrap();
+            params.serial_number = Some(SerialNumber::from_slice(&[7; 16]));
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+            params.not_before = until - Duration::hours(1);
+            params.not_after = until;
+            params.use_authority_key_identifier_extension = true;
+            let key = KeyPair::generate().unwrap();
+            let path = self.folder.path().join("cert.pem");
+            fs::write(&path, params.signed_by(&key, &self.root).unwrap().pem()).unwrap();
+            fs::write(self.folder.path().join("key.pem"), key.serialize_pem()).unwrap();
+            path
+        }
+
+        fn crl(&self, revoked: &[u8]) {
+            let now = OffsetDateTime::now_utc();
+            let entries = [RevokedCertParams {
+                serial_number: SerialNumber::from_slice(revoked),
+                revocation_time: now - Duration::minutes(5),
+                reason_code: None,
+                invalidity_date: None,
+            }];
+            let params = CertificateRevocationListParams {
+                this_update: now - Duration::minutes(10),
+                next_update: now + Duration::hours(1),
+                crl_number: SerialNumber::from(1),
+                issuing_distribution_point: None,
+                revoked_certs: entries.to_vec(),
+                key_identifier_method: KeyIdMethod::Sha256,
+            };
+            fs::write(
+                self.folder.path().join("crl.pem"),
+                params.signed_by(&self.root).unwrap().pem().unwrap(),
+            )
+            .unwrap();
+        }
+
+        fn verdict(&self, file: PathBuf) -> Option<String> {
+            let case = Verify { file, ca: None, crl: None }.read().unwrap();
+            let leaf = Facts::read(&case.chain[0]).unwrap();
+            judge(&case, &leaf, now())
+        }
+    }
+
+    fn soon() -> OffsetDateTime {
+        OffsetDateTime::now_utc() + Duration::minutes(30)
+    }
+
+    #[test]
+    fn a_good_leaf_is_good_and_a_revoked_one_is_not() {
+        let pki = Pki::new();
+        let path = pki.leaf(soon());
+        assert_eq!(pki.verdict(path.clone()), None);
+        pki.crl(&[8; 16]);
+        assert_eq!(pki.verdict(path.clone()), None);
+        pki.crl(&[7; 16]);
+        assert_eq!(pki.verdict(path).as_deref(), Some("it is revoked"));
+    }
+
+    #[test]
+    fn each_fault_is_named() {
+        let pki = Pki::new();
+        let path = pki.leaf(OffsetDateTime::now_utc() - Duration::minutes(1));
+        assert!(pki.verdict(path).unwrap().starts_with("it ended at 20"));
+        let path = pki.leaf(OffsetDateTime::now_utc() + Duration::hours(9));
+        assert!(pki.verdict(path).unwrap().starts_with("it is not valid before"));
+        let path = pki.leaf(soon());
+        fs::write(pki.folder.path().join("ca.pem"), Pki::new().root.pem()).unwrap();
+        assert!(pki.verdict(path.clone()).is_some(), "another root");
+        fs::write(pki.folder.path().join("ca.pem"), pki.root.pem()).unwrap();
+        fs::write(pki.folder.path().join("key.pem"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        assert_eq!(pki.verdict(path).as_deref(), Some("key.pem beside it is the key of another certificate"));
+        assert!(pki.verdict(pki.folder.path().join("ca.pem")).is_some(), "a CA is no leaf");
+    }
+
+    #[test]
+    fn facts_of_a_certificate_are_read_from_pem_and_der() {
+        let pki = Pki::new();
+        let path = pki.leaf(soon());
+        let der = certificates(&path).unwrap().remove(0);
+        let facts = Facts::read(&der).unwrap();
+        assert_eq!(
+            (facts.names.as_slice(), facts.uses.as_slice()),
+            (["api.mesh.internal".to_owned()].as_slice(), ["server"].as_slice())
+        );
+        assert_eq!(facts.serial, "07".repeat(16));
+        fs::write(&path, &der).unwrap();
+        assert_eq!(Facts::read(&certificates(&path).unwrap()[0]).unwrap(), facts);
+        fs::write(&path, "nonsense").unwrap();
+        assert_eq!(certificates(&path).unwrap_err().code, ErrorCode::CertificateInvalid);
+    }
+}

@@ -1,0 +1,279 @@
+//! `meshctl cert issue`: on a node through its daemon, elsewhere straight from the controller.
+
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use mesh_ca::{CSR_BYTES_MAX, Csr, CsrError, LeafKey, bundle};
+use mesh_proto::v1::{
+    self as pb, ErrorCode, certificates_client::CertificatesClient, local_client::LocalClient,
+};
+
+use super::{
+    Facts, document,
+    folder::{self, Owner, Part},
+    nobody_renews, pair_document,
+};
+use crate::{
+    app::{App, client, operation_id},
+    error::{Exit, Failure, Result},
+    text::{Span, left, now, safe},
+};
+
+const KEY_MODE: u32 = 0o600;
+const PUBLIC_MODE: u32 = 0o644;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Issue {
+    /// DNS names and IP addresses; the first names the pair
+    #[arg(required_unless_present = "csr")]
+    names: Vec<String>,
+    /// Folder for key.pem, cert.pem, ca.pem and crl.pem
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Sign this CSR (`-` is stdin) and print the chain; the key stays where it is
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["out", "owner", "mode", "reload", "rotate_key"])]
+    csr: Option<PathBuf>,
+    /// What it is for: server, client, or peer (both, with a SPIFFE ID)
+    #[arg(long, value_parser = ["server", "client", "peer"], default_value = "server")]
+    profile: String,
+    /// How long it lives
+    #[arg(long, value_name = "TIME")]
+    ttl: Option<Span>,
+    /// Whom the files belong to
+    #[arg(long, value_name = "USER:GROUP")]
+    owner: Option<String>,
+    /// Mode of the key file; 0600 unless given
+    #[arg(long, value_parser = parse_mode)]
+    mode: Option<u32>,
+    /// Command to run after each change; on a node, as root
+    #[arg(long, value_name = "COMMAND")]
+    reload: Option<String>,
+    /// A new key at every renewal
+    #[arg(long)]
+    rotate_key: bool,
+}
+
+/// Octal, for the owner and the group to read at most.
+fn parse_mode(text: &str) -> Result<u32, &'static str> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode & !0o660 == 0 && mode & 0o400 != 0 => Ok(mode),
+        Ok(_) => Err("a key is readable by its owner and at most its group: 0600, 0640, 0400 or 0440"),
+        Err(_) => Err("a mode is octal, like 0640"),
+    }
+}
+
+impl Issue {
+    pub(crate) async fn run(self, app: &App) -> Result<Exit> {
+        match (&self.csr, app.places.is_node()) {
+            (Some(csr), _) => self.sign(app, csr).await,
+            (None, true) => self.on_node(app).await,
+            (None, false) => self.here(app).await,
+        }
+    }
+
+    async fn on_node(&self, app: &App) -> Result<Exit> {
+        let out = self.out.as_deref().map(absolute).transpose()?;
+        let request = pb::LocalIssueRequest {
+            names: self.names.clone(),
+            out: out.map(|out| out.display().to_string()).unwrap_or_default(),
+            profile: self.profile.clone(),
+            ttl_secs: self.ttl.map_or(0, Span::seconds),
+            owner: self.owner.clone().unwrap_or_default(),
+            mode: self.mode.unwrap_or(0),
+            reload: self.reload.clone().unwrap_or_default(),
+            rotate_key: self.rotate_key,
+        };
+        let pair =
+            app.ask_node(client!(LocalClient<_>, app.node().await?).issue_certificate(request)).await?;
+        let now = now();
+        let lines = [format!(
+            "{} in {}: serial {}, expires in {}, meshd renews it in {}",
+            safe(&pair.name),
+            safe(&pair.out),
+            hex::encode(&pair.serial),
+            left(pair.not_after, now),
+            left(pair.renews_at, now)
+        )];
+        app.out.action("ManagedPair", pair.changed, pair_document(&pair), &pair.name, &lines);
+        Ok(Exit::Done)
+    }
+
+    /// An operator's machine: the key is made here, once, and nobody renews it.
+    async fn here(&self, app: &App) -> Result<Exit> {
+        if self.reload.is_some() || self.rotate_key {
+            return Err(Failure::usage(
+                "--reload and --rotate-key are for pairs that meshd keeps",
+                "run this on a node, or leave them out",
+            ));
+        }
+        let name = self.names.first().map(String::as_str).unwrap_or_default();
+        let out = absolute(self.out.as_deref().unwrap_or(Path::new(name)))?;
+        folder::check(&out)?;
+        let owner = self.owner.as_deref().map(Owner::find).transpose()?;
+        let key = LeafKey::generate().map_err(|error| internal("make a key", &error))?;
+        let csr = Csr::create(&key).map_err(|error| internal("make a CSR", &error))?;
+        let answer = self.request(app, csr, self.names.clone()).await?;
+        let leaf = Facts::read(&answer.leaf)?;
+        if leaf.key_hash != key.key_hash() {
+            return Err(Failure::new(
+                ErrorCode::CertificateInvalid,
+                "the controller certified another key than ours",
+            )
+            .next("do not use it; look at the controller's log"));
+        }
+        let pem = key.to_pkcs8_pem();
+        let (chain, roots, crls) = texts(&answer);
+        let parts = [
+            Part { name: "key.pem", bytes: pem.as_bytes(), mode: self.mode.unwrap_or(KEY_MODE) },
+            Part { name: "cert.pem", bytes: chain.as_bytes(), mode: PUBLIC_MODE },
+            Part { name: "ca.pem", bytes: roots.as_bytes(), mode: PUBLIC_MODE },
+            Part { name: "crl.pem", bytes: crls.as_bytes(), mode: PUBLIC_MODE },
+        ];
+        folder::replace(&out, &parts, owner)?;
+        let certificate = answer.certificate.unwrap_or_default();
+        let mut body = document(&certificate);
+        body["out"] = out.display().to_string().into();
+        let line = format!(
+            "{} in {}: serial {}, expires in {}",
+            safe(name),
+            out.display(),
+            hex::encode(&certificate.serial),
+            left(certificate.not_after, now())
+        );
+        app.out.action("Certificate", true, body, name, &[line]);
+        app.out.note(&nobody_renews(&out, certificate.not_after));
+        Ok(Exit::Done)
+    }
+
+    async fn sign(&self, app: &App, path: &Path) -> Result<Exit> {
+        let csr = Csr::parse(&read_csr(path)?).map_err(|error| {
+            Failure::new(ErrorCode::CsrInvalid, "this is not a CSR")
+                .why(error.to_string())
+                .next("make one with `openssl req -new`")
+        })?;
+        let names = if self.names.is_empty() { names_in(&csr)? } else { self.names.clone() };
+        let answer = self.request(app, csr.der().to_vec(), names).await?;
+        let (chain, roots, _) = texts(&answer);
+        if app.out.is_json() {
+            let mut body = document(&answer.certificate.clone().unwrap_or_default());
+            body["chain"] = chain.into();
+            body["roots"] = roots.into();
+            body["changed"] = true.into();
+            app.out.document("Certificate", &body);
+        } else {
+            app.out.write(&chain);
+        }
+        Ok(Exit::Done)
+    }
+
+    async fn request(&self, app: &App, csr: Vec<u8>, names: Vec<String>) -> Result<pb::IssueResponse> {
+        let request = pb::IssueRequest {
+            csr: csr.into(),
+            names,
+            profile: self.profile.clone(),
+            ttl_secs: self.ttl.map_or(0, Span::seconds),
+            operation_id: operation_id(),
+            restart: true,
+        };
+        app.ask(client!(CertificatesClient<_>, app.controller().await?).issue(request)).await
+    }
+}
+
+/// cert.pem (leaf first, then the issuing CA), ca.pem (roots) and crl.pem.
+fn texts(answer: &pb::IssueResponse) -> (String, String, String) {
+    let chain = std::iter::once(&answer.leaf).chain(answer.issuers.first());
+    (
+        bundle::encode_certificates(chain),
+        bundle::encode_certificates(&answer.roots),
+        bundle::encode_crls(answer.crls.iter().map(|crl| &crl.der)),
+    )
+}
+
+/// The DNS names and addresses a CSR asks for: what is signed where no NAME was given.
+fn names_in(csr: &Csr) -> Result<Vec<String>> {
+    let refused = |error: CsrError| {
+        let code = match error {
+            CsrError::Signature | CsrError::SignatureAlgorithm => ErrorCode::CsrSignature,
+            CsrError::Key(_) => ErrorCode::KeyWeak,
+            CsrError::AsksForCa | CsrError::KeyUsage => ErrorCode::CsrNotALeaf,
+            _ => ErrorCode::CsrInvalid,
+        };
+        Failure::new(code, "the CSR is not good")
+            .why(error.to_string())
+            .next(format!("see `meshctl explain E{:04}`", code as i32))
+    };
+    let verified = csr.clone().verify().map_err(refused)?;
+    let asked = verified.requested_names();
+    let dns = asked.dns.iter().map(|name| name.as_str().to_owned());
+    let names: Vec<String> = dns.chain(asked.ips.iter().map(ToString::to_string)).collect();
+    if names.is_empty() {
+        return Err(Failure::usage(
+            "neither the command line nor the CSR has a name",
+            "give the names, as in `meshctl cert issue api.mesh.internal --csr F`",
+        ));
+    }
+    Ok(names)
+}
+
+fn read_csr(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let failed = |error| Failure::file("read", path, &error);
+    let limit = CSR_BYTES_MAX as u64 + 1;
+    if path.as_os_str() == "-" {
+        std::io::stdin().lock().take(limit).read_to_end(&mut bytes).map_err(failed)?;
+    } else {
+        std::fs::File::open(path).map_err(failed)?.take(limit).read_to_end(&mut bytes).map_err(failed)?;
+    }
+    if bytes.len() > CSR_BYTES_MAX {
+        return Err(Failure::new(ErrorCode::TooLarge, "the CSR is too long")
+            .why(format!("it has more than {CSR_BYTES_MAX} bytes"))
+            .next("a CSR holds one key and few names"));
+    }
+    Ok(bytes)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(|error| Failure::file("find", path, &error))
+}
+
+fn internal(attempt: &str, error: &dyn std::error::Error) -> Failure {
+    Failure::new(ErrorCode::Internal, format!("cannot {attempt}")).why(error.to_string()).next("try again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_never_readable_by_all() {
+        for (text, mode) in [("0600", 0o600), ("640", 0o640), ("0440", 0o440)] {
+            assert_eq!(parse_mode(text), Ok(mode), "{text}");
+        }
+        for text in ["0644", "0777", "0200", "abc", "0900", "", "07777777777777"] {
+            assert!(parse_mode(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_chain_is_leaf_then_issuing_ca() {
+        let answer = pb::IssueResponse {
+            leaf: vec![1].into(),
+            issuers: vec![vec![2].into(), vec![3].into()],
+            roots: vec![vec![4].into()],
+            ..pb::IssueResponse::default()
+        };
+        let (chain, roots, crls) = texts(&answer);
+        let parsed = bundle::parse_certificates(chain.as_bytes()).unwrap();
+        assert_eq!(parsed.iter().map(|der| der.as_ref().to_vec()).collect::<Vec<_>>(), [vec![1], vec![2]]);
+        assert!(roots.contains("BEGIN CERTIFICATE") && crls.is_empty());
+    }
+
+    #[test]
+    fn a_csr_has_a_limit() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![b'x'; 5 * 1024 * 1024]).unwrap();
+        assert_eq!(read_csr(file.path()).unwrap_err().code, ErrorCode::TooLarge);
+    }
+}
