@@ -46,13 +46,7 @@ impl Failure {
     /// [`ErrorCode::ControllerUnreachable`].
     pub(crate) fn from_status(status: &Status) -> Self {
         if let Some(detail) = detail_of(status) {
-            return Self {
-                code: ErrorCode::try_from(detail.code).unwrap_or(ErrorCode::Unspecified),
-                why: detail.why,
-                next: detail.next,
-                exit: detail.exit,
-                facts: detail.facts,
-            };
+            return Self::from_detail(detail);
         }
         let (code, next) = match status.code() {
             Code::PermissionDenied | Code::Unauthenticated => {
@@ -65,6 +59,17 @@ impl Failure {
             _ => (ErrorCode::Internal, "look at the controller's log"),
         };
         Self::new(code, format!("the controller answered: {}", status.message()), next)
+    }
+
+    /// A refusal as the controller worded it.
+    pub(crate) fn from_detail(detail: ErrorDetail) -> Self {
+        Self {
+            code: ErrorCode::try_from(detail.code).unwrap_or(ErrorCode::Unspecified),
+            why: detail.why,
+            next: detail.next,
+            exit: detail.exit,
+            facts: detail.facts,
+        }
     }
 
     /// The code as people see it.

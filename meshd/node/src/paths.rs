@@ -125,11 +125,8 @@ impl Paths {
             let endpoints = path.in_order();
             let Some(&endpoint) = endpoints.get(next) else {
                 // The round is over: once more from the start, after a pause that grows.
-                path.state = State::Probing {
-                    next: 0,
-                    at: now + pause,
-                    pause: (pause * 2).min(ROUND_PAUSE_LONGEST),
-                };
+                path.state =
+                    State::Probing { next: 0, at: now + pause, pause: (pause * 2).min(ROUND_PAUSE_LONGEST) };
                 continue;
             };
             self.actions.push_back(Action::Probe { peer, endpoint });

@@ -1,19 +1,249 @@
-//! The role from start to end.
+//! The role from start to end: wait for an identity, live with it, forget it when told to.
 
+use std::path::Path;
+use std::sync::Arc;
+
+use mesh_proto::v1::ErrorCode;
+use mesh_runtime::{Backoff, SystemClock};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::ControllerClock;
 use crate::config::RunConfig;
 use crate::failure::Failure;
-use crate::state::StateDir;
+use crate::findings::Findings;
+use crate::identity::Identities;
+use crate::join::{Joiner, Progress, Token};
+use crate::limits::{RECONNECT_FIRST, RECONNECT_LONGEST, TOKEN_CHARS_MAX};
+use crate::local::LocalServer;
+use crate::session::{Running, Session};
+use crate::state::{Identity, StateDir};
 
-/// Runs the node until `shutdown` is cancelled.
+/// What all parts of one node share.
+pub(crate) struct Node {
+    pub(crate) config: RunConfig,
+    pub(crate) state: StateDir,
+    pub(crate) clock: ControllerClock,
+    pub(crate) findings: Findings,
+    /// The life with an identity; `None` before enrollment and after leaving.
+    pub(crate) session: watch::Sender<Option<Arc<Session>>>,
+    /// Why the life with a new identity could not begin; the process ends with it.
+    pub(crate) broken: watch::Sender<Option<Failure>>,
+    /// Held by whoever enrolls.
+    pub(crate) enrolling: Mutex<()>,
+    /// An identity has been stored.
+    pub(crate) enrolled: Notify,
+    /// Asks the supervisor to leave the mesh.
+    pub(crate) leave: mpsc::Sender<oneshot::Sender<Result<(), Failure>>>,
+}
+
+/// Runs the node until `shutdown` is cancelled. Must be called inside a multi-threaded tokio runtime.
 ///
 /// # Errors
 /// [`Failure`] with code, reason, next step and exit code: the state folder cannot be used, the socket
-/// cannot be opened, or the enrollment that `token_file` asks for was refused.
+/// cannot be opened, the overlay cannot be brought up, or the enrollment that `token_file` asks for was
+/// refused.
 pub async fn run(config: RunConfig, shutdown: CancellationToken) -> Result<(), Failure> {
     let state = StateDir::open(&config.state_dir)?;
-    tracing::info!(state = %state.path().display(), "node starts");
-    shutdown.cancelled().await;
-    Ok(())
+    let clock = ControllerClock::new(Arc::new(SystemClock), state.clock()?.offset_secs);
+    check_tun()?;
+    let (leave, leave_requests) = mpsc::channel(1);
+    let node = Arc::new(Node {
+        config,
+        state,
+        clock,
+        findings: Findings::default(),
+        session: watch::Sender::new(None),
+        broken: watch::Sender::new(None),
+        enrolling: Mutex::new(()),
+        enrolled: Notify::new(),
+        leave,
+    });
+    let local = LocalServer::open(node.clone())?;
+    let served = tokio::spawn(local.serve(shutdown.child_token()));
+    tracing::info!(state = %node.state.path().display(), socket = %node.config.socket.display(), "node runs");
+    let result = supervise(&node, leave_requests, &shutdown).await;
+    if let Err(failure) = &result {
+        node.broken.send_replace(Some(failure.clone()));
+    }
+    shutdown.cancel();
+    // The last answers go out before the process ends.
+    if let Err(error) = served.await {
+        tracing::warn!(%error, "local socket ended badly");
+    }
+    result
+}
+
+async fn supervise(
+    node: &Arc<Node>,
+    mut leave_requests: mpsc::Receiver<oneshot::Sender<Result<(), Failure>>>,
+    shutdown: &CancellationToken,
+) -> Result<(), Failure> {
+    loop {
+        let identities = match Identities::load(&node.state, &node.clock, &node.findings)? {
+            Some(identities) => identities,
+            None => {
+                tokio::select! {
+                    () = shutdown.cancelled() => return Ok(()),
+                    () = node.enrolled.notified() => {}
+                    result = enroll_unattended(node) => result?,
+                    Some(reply) = leave_requests.recv() => {
+                        // Whoever asked may be gone.
+                        let _ = reply.send(Ok(()));
+                    }
+                }
+                continue;
+            }
+        };
+        let mut running = Running::start(node, Arc::new(identities)).await?;
+        node.session.send_replace(Some(running.session.clone()));
+        tokio::select! {
+            () = shutdown.cancelled() => {
+                node.session.send_replace(None);
+                running.stop(false).await;
+                return Ok(());
+            }
+            failure = running.broken() => {
+                node.session.send_replace(None);
+                return Err(failure);
+            }
+            Some(reply) = leave_requests.recv() => {
+                node.session.send_replace(None);
+                running.stop(true).await;
+                let forgotten = node.state.forget_everything().map_err(Failure::from);
+                node.findings.clear_others("", &[]);
+                // Whoever asked may be gone.
+                let _ = reply.send(forgotten.clone());
+                forgotten?;
+            }
+        }
+    }
+}
+
+/// Enrolls with the token file, or goes on with a request that a crash interrupted. Without either it waits
+/// for ever.
+async fn enroll_unattended(node: &Node) -> Result<(), Failure> {
+    let joiner = Joiner::new(node.state.clone(), node.clock.clone());
+    let guard = node.enrolling.lock().await;
+    let enrollment = match &node.config.token_file {
+        Some(path) => {
+            let name = node.config.name.clone().map_or_else(host_name, Ok)?;
+            joiner.prepare(&read_token(path)?, &name)?
+        }
+        None => match node.state.enrollment()? {
+            Some(enrollment) => enrollment,
+            None => {
+                drop(guard);
+                return std::future::pending().await;
+            }
+        },
+    };
+    let (progress, _unheard) = mpsc::channel(1);
+    let mut backoff = Backoff::new(RECONNECT_FIRST, RECONNECT_LONGEST);
+    loop {
+        match joiner.enroll(&enrollment, &progress).await {
+            Ok(identity) => {
+                announce(&identity);
+                return Ok(());
+            }
+            Err(failure) if failure.exit == 5 => tokio::time::sleep(backoff.next_wait()).await,
+            Err(failure) if node.config.token_file.is_some() => return Err(failure),
+            Err(failure) => {
+                node.findings.raise_failure("enrollment", "the enrollment that was interrupted", &failure);
+                drop(guard);
+                return std::future::pending().await;
+            }
+        }
+    }
+}
+
+/// Enrolls for `meshctl enroll`. Returns the identity once it is on disk.
+pub(crate) async fn enroll_attended(
+    node: &Node,
+    token: &Token,
+    name: &str,
+    progress: &mpsc::Sender<Progress>,
+) -> Result<Identity, Failure> {
+    let _guard = node.enrolling.try_lock().map_err(|_| {
+        Failure::new(
+            ErrorCode::AlreadyEnrolled,
+            "another enrollment is under way on this node",
+            "wait for it; `meshctl status` shows when it is done",
+        )
+    })?;
+    let joiner = Joiner::new(node.state.clone(), node.clock.clone());
+    let enrollment = joiner.prepare(token, name)?;
+    let identity = joiner.enroll(&enrollment, progress).await?;
+    announce(&identity);
+    node.findings.clear("enrollment");
+    node.enrolled.notify_one();
+    Ok(identity)
+}
+
+fn announce(identity: &Identity) {
+    tracing::info!(name = identity.name, ipv4 = %identity.ipv4, ipv6 = %identity.ipv6, "enrolled");
+}
+
+/// The first label of this machine's host name, in lower case.
+pub(crate) fn host_name() -> Result<String, Failure> {
+    let unnamed = || {
+        Failure::new(
+            ErrorCode::NameInvalid,
+            "this machine has no host name that could name the node",
+            "give one with --name",
+        )
+    };
+    let name = nix::unistd::gethostname().map_err(|_| unnamed())?.into_string().map_err(|_| unnamed())?;
+    let label = name.split('.').next().unwrap_or_default().to_ascii_lowercase();
+    if label.is_empty() { Err(unnamed()) } else { Ok(label) }
+}
+
+fn read_token(path: &Path) -> Result<Token, Failure> {
+    let unreadable = |why: String| {
+        Failure::new(
+            ErrorCode::TokenNotFound,
+            format!("token file {} cannot be read: {why}", path.display()),
+            "check --token-file",
+        )
+    };
+    let file = std::fs::File::open(path).map_err(|error| unreadable(error.to_string()))?;
+    let limited = std::io::Read::take(file, TOKEN_CHARS_MAX as u64 + 2);
+    let text = std::io::read_to_string(limited).map_err(|error| unreadable(error.to_string()))?;
+    Token::parse(&zeroize::Zeroizing::new(text))
+}
+
+/// That a tunnel can be made here, before a token is spent on it.
+fn check_tun() -> Result<(), Failure> {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            return Err(Failure::new(
+                ErrorCode::TunDenied,
+                "/dev/net/tun may not be opened by this user",
+                "run meshd as root, or with CAP_NET_ADMIN and access to the device",
+            ));
+        }
+        Err(error) => {
+            return Err(Failure::new(
+                ErrorCode::TunMissing,
+                format!("there is no usable /dev/net/tun here: {error}"),
+                "load the module with `modprobe tun`, or give the container the device",
+            ));
+        }
+    }
+    // CAP_NET_ADMIN is bit 12 of the effective set, capabilities(7).
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    match effective {
+        Some(bits) if bits & (1 << 12) == 0 => Err(Failure::new(
+            ErrorCode::TunDenied,
+            "this process may not change the network",
+            "run meshd as root, or with CAP_NET_ADMIN",
+        )),
+        // Where /proc is closed the tunnel itself will tell.
+        _ => Ok(()),
+    }
 }

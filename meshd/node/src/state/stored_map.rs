@@ -9,6 +9,7 @@ use super::{StateDir, StateError};
 const MAP_FILE: &str = "map.bin";
 const CRLS_FILE: &str = "crls.bin";
 const FLOOR_FILE: &str = "floor.json";
+const ENDPOINTS_FILE: &str = "endpoints.bin";
 
 /// The newest that was ever stored. An older map or CRL put in the place of a newer one is refused.
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
@@ -72,8 +73,21 @@ impl StateDir {
         self.write(CRLS_FILE, &response.encode_to_vec())
     }
 
+    /// Where the peers could be reached last.
+    pub(crate) fn endpoints(&self) -> Result<pb::Hints, StateError> {
+        let bytes = self.read(ENDPOINTS_FILE)?.unwrap_or_default();
+        pb::Hints::decode(bytes.as_slice()).map_err(|error| StateError::Corrupt {
+            path: self.path().join(ENDPOINTS_FILE),
+            what: error.to_string(),
+        })
+    }
+
+    pub(crate) fn save_endpoints(&self, hints: &pb::Hints) -> Result<(), StateError> {
+        self.write(ENDPOINTS_FILE, &hints.encode_to_vec())
+    }
+
     pub(super) fn forget_map(&self) -> Result<(), StateError> {
-        for name in [MAP_FILE, FLOOR_FILE, CRLS_FILE] {
+        for name in [MAP_FILE, FLOOR_FILE, CRLS_FILE, ENDPOINTS_FILE] {
             self.remove(name)?;
         }
         Ok(())

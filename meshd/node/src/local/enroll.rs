@@ -1,0 +1,154 @@
+//! `Local.Enroll`: progress as it happens, and "done" only once the overlay stands.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
+use mesh_proto::v1::local_enroll_progress::{Enrolled, Step};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use zeroize::Zeroizing;
+
+use crate::failure::Failure;
+use crate::join::{Progress, Token};
+use crate::run::{Node, enroll_attended, host_name};
+use crate::state::Identity;
+
+/// Steps that may wait for a slow reader.
+const STEPS: usize = 16;
+/// How long the overlay may take to come up.
+const OVERLAY_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the first map may take; without it the enrollment is good all the same.
+const FIRST_MAP_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Enrolls in a task of its own: it goes on when the caller hangs up (`--no-wait`).
+pub(super) fn enroll(
+    node: Arc<Node>,
+    request: pb::LocalEnrollRequest,
+) -> impl Stream<Item = Result<pb::LocalEnrollProgress, Status>> + use<> {
+    let (steps, stream) = mpsc::channel(STEPS);
+    tokio::spawn(async move {
+        let no_wait = request.no_wait;
+        let (progress, heard) = mpsc::channel(STEPS);
+        let listener = tokio::spawn(relay(heard, steps.clone(), no_wait));
+        let outcome = attempt(&node, request, &progress).await;
+        drop(progress);
+        // Ends once the channel above is closed; it cannot panic.
+        let _ = listener.await;
+        let last = match outcome {
+            Ok(enrolled) => Ok(pb::LocalEnrollProgress { step: Some(Step::Done(enrolled)) }),
+            Err(failure) => {
+                tracing::warn!(code = failure.number(), why = %failure, "enrollment failed");
+                Err(failure.into())
+            }
+        };
+        // Nobody may be listening any more.
+        let _ = steps.send(last).await;
+    });
+    ReceiverStream::new(stream)
+}
+
+/// Hands progress on; with `no_wait` the caller is let go as soon as approval is pending.
+async fn relay(
+    mut heard: mpsc::Receiver<Progress>,
+    steps: mpsc::Sender<Result<pb::LocalEnrollProgress, Status>>,
+    no_wait: bool,
+) {
+    let mut told = false;
+    while let Some(progress) = heard.recv().await {
+        let step = match progress {
+            Progress::Connecting(address) => Step::Connecting(address),
+            Progress::Pending(pending) if no_wait => {
+                let failure = Failure::new(
+                    ErrorCode::ApprovalPending,
+                    format!("node {} waits for approval", pending.node),
+                    format!(
+                        "an operator runs `meshctl node approve {}`; this node goes on by itself",
+                        pending.node
+                    ),
+                )
+                .fact(format!("key sha256:{}", hex::encode(&pending.key_hash)));
+                let _ = steps.send(Err(failure.into())).await;
+                return;
+            }
+            // Once is enough: it is asked again and again.
+            Progress::Pending(_) if told => continue,
+            Progress::Pending(pending) => {
+                told = true;
+                Step::Pending(pending)
+            }
+        };
+        let _ = steps.send(Ok(pb::LocalEnrollProgress { step: Some(step) })).await;
+    }
+}
+
+async fn attempt(
+    node: &Arc<Node>,
+    request: pb::LocalEnrollRequest,
+    progress: &mpsc::Sender<Progress>,
+) -> Result<Enrolled, Failure> {
+    let text = Zeroizing::new(request.token);
+    let token = Token::parse(&text)?;
+    let wished = Some(request.name).filter(|name| !name.is_empty()).or_else(|| node.config.name.clone());
+    if let Some(session) = node.session.borrow().clone() {
+        return enrolled_already(&session.identities.active().identity, &token, wished.as_deref());
+    }
+    let name = wished.map_or_else(host_name, Ok)?;
+    let identity = enroll_attended(node, &token, &name, progress).await?;
+    overlay_up(node).await?;
+    Ok(answer(&identity, true))
+}
+
+/// Enrolling again in the same mesh under the same name is done already; anything else needs `leave` first.
+fn enrolled_already(identity: &Identity, token: &Token, wished: Option<&str>) -> Result<Enrolled, Failure> {
+    let same_name = wished.is_none_or(|name| name == identity.name);
+    if token.is_for(identity) && same_name {
+        return Ok(answer(identity, false));
+    }
+    Err(Failure::new(
+        ErrorCode::AlreadyEnrolled,
+        format!("this machine is node {} of {} already", identity.name, identity.trust_domain),
+        "to enroll it anew run `meshctl leave` first",
+    ))
+}
+
+/// Waits until the interface stands and the first map has been asked for, so that what follows "done" works.
+async fn overlay_up(node: &Node) -> Result<(), Failure> {
+    let mut session = node.session.subscribe();
+    let mut broken = node.broken.subscribe();
+    let up = async {
+        tokio::select! {
+            // The senders live as long as the node.
+            found = session.wait_for(Option::is_some) => Ok(found.ok().and_then(|found| found.clone())),
+            found = broken.wait_for(Option::is_some) => {
+                Err(found.ok().and_then(|found| found.clone()).unwrap_or_else(|| crate::network::Gone.into()))
+            }
+        }
+    };
+    let session = tokio::time::timeout(OVERLAY_TIMEOUT, up).await.map_err(|_| {
+        Failure::new(
+            ErrorCode::TimedOut,
+            "this machine is enrolled, but the overlay has not come up yet",
+            "look at `meshctl doctor` and the daemon's log",
+        )
+    })??;
+    if let Some(session) = session {
+        let mut channel = session.uplink.channel.clone();
+        // Too late is no failure: the node goes on trying.
+        let _ = tokio::time::timeout(FIRST_MAP_TIMEOUT, channel.wait_for(Option::is_some)).await;
+    }
+    Ok(())
+}
+
+fn answer(identity: &Identity, changed: bool) -> Enrolled {
+    Enrolled {
+        name: identity.name.clone(),
+        ipv4: identity.ipv4.to_string(),
+        ipv6: identity.ipv6.to_string(),
+        trust_domain: identity.trust_domain.clone(),
+        changed,
+    }
+}

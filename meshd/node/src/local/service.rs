@@ -1,0 +1,122 @@
+//! One thin handler for each call.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
+use mesh_proto::v1::local_server::Local;
+use mesh_proto::v1::nodes_client::NodesClient;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{doctor, enroll, ping, status};
+use crate::failure::Failure;
+use crate::limits::CALL_TIMEOUT;
+use crate::run::Node;
+use crate::session::Session;
+
+/// Answers for one node.
+pub(crate) struct LocalService {
+    node: Arc<Node>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send + 'static>>;
+
+impl LocalService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+
+    fn session(&self) -> Result<Arc<Session>, Failure> {
+        self.node.session.borrow().clone().ok_or_else(|| {
+            Failure::new(
+                ErrorCode::NotEnrolled,
+                "this machine is not enrolled in a mesh",
+                "enroll it: `meshctl enroll TOKEN`",
+            )
+        })
+    }
+
+    /// Tells the controller, as far as it can be reached. Leaving works without it.
+    async fn tell_controller(&self, session: &Session) -> Result<(), Failure> {
+        let channel = session.uplink.open_channel()?;
+        let mut request = Request::new(pb::Empty {});
+        request.set_timeout(CALL_TIMEOUT);
+        NodesClient::new(channel)
+            .leave(request)
+            .await
+            .map(drop)
+            .map_err(|status| Failure::from_status(&status))
+    }
+}
+
+#[tonic::async_trait]
+impl Local for LocalService {
+    type EnrollStream = Answers<pb::LocalEnrollProgress>;
+    type PingStream = Answers<pb::PingReply>;
+
+    async fn enroll(
+        &self,
+        request: Request<pb::LocalEnrollRequest>,
+    ) -> Result<Response<Self::EnrollStream>, Status> {
+        Ok(Response::new(Box::pin(enroll::enroll(self.node.clone(), request.into_inner()))))
+    }
+
+    async fn leave(&self, _request: Request<pb::Empty>) -> Result<Response<pb::ActionResponse>, Status> {
+        let Ok(session) = self.session() else {
+            let detail = "this machine was not enrolled".to_owned();
+            return Ok(Response::new(pb::ActionResponse { changed: false, detail }));
+        };
+        let told = self.tell_controller(&session).await;
+        drop(session);
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let gone = |_| Status::from(Failure::from(crate::network::Gone));
+        self.node.leave.send(reply).await.map_err(|_| Status::from(Failure::from(crate::network::Gone)))?;
+        answer.await.map_err(gone)??;
+        let detail = match told {
+            Ok(()) => "this machine has left the mesh".to_owned(),
+            Err(failure) => format!(
+                "this machine has left the mesh; the controller was not told ({failure}): run `meshctl node rm` there"
+            ),
+        };
+        Ok(Response::new(pb::ActionResponse { changed: true, detail }))
+    }
+
+    async fn status(&self, _request: Request<pb::Empty>) -> Result<Response<pb::NodeStatus>, Status> {
+        Ok(Response::new(status::status(&self.node).await?))
+    }
+
+    async fn issue_certificate(
+        &self,
+        request: Request<pb::LocalIssueRequest>,
+    ) -> Result<Response<pb::ManagedPair>, Status> {
+        let _ = (request, self.session()?);
+        Err(Status::unimplemented("pairs"))
+    }
+
+    async fn renew_certificate(
+        &self,
+        request: Request<pb::LocalRenewRequest>,
+    ) -> Result<Response<pb::ManagedPair>, Status> {
+        let _ = (request, self.session()?);
+        Err(Status::unimplemented("pairs"))
+    }
+
+    async fn list_certificates(
+        &self,
+        _request: Request<pb::Empty>,
+    ) -> Result<Response<pb::ManagedPairs>, Status> {
+        self.session()?;
+        Err(Status::unimplemented("pairs"))
+    }
+
+    async fn ping(&self, request: Request<pb::PingRequest>) -> Result<Response<Self::PingStream>, Status> {
+        let session = self.session()?;
+        Ok(Response::new(Box::pin(ping::ping(session, request.into_inner()).await?)))
+    }
+
+    async fn doctor(&self, _request: Request<pb::Empty>) -> Result<Response<pb::DoctorReport>, Status> {
+        Ok(Response::new(doctor::doctor(&self.node).await?))
+    }
+}

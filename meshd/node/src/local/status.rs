@@ -1,0 +1,74 @@
+//! `Local.Status`.
+
+use std::time::Duration;
+
+use mesh_proto::v1 as pb;
+
+use crate::failure::Failure;
+use crate::network::PeerView;
+use crate::run::Node;
+
+pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let Some(session) = node.session.borrow().clone() else {
+        let findings = node.findings.list();
+        return Ok(pb::NodeStatus { enrolled: false, findings, version, ..Default::default() });
+    };
+    let active = session.identities.active();
+    let identity = &active.identity;
+    let network = session.network.status().await?;
+    let uplink = session.uplink.status();
+    let now = node.clock.own().utc_now().unix_timestamp();
+    Ok(pb::NodeStatus {
+        enrolled: true,
+        name: identity.name.clone(),
+        ipv4: identity.ipv4.to_string(),
+        ipv6: identity.ipv6.to_string(),
+        trust_domain: identity.trust_domain.clone(),
+        controller: uplink.controller,
+        controller_connected: uplink.connected,
+        controller_rtt_us: micros(uplink.rtt),
+        backend: network.backend,
+        offloads: network.offloads,
+        interface: network.interface,
+        wireguard_port: u32::from(network.wireguard_port),
+        not_after: active.not_after.unix_timestamp(),
+        renews_at: active.renews_at.unix_timestamp(),
+        peers: network.peers.iter().map(|peer| peer_status(peer, now)).collect(),
+        findings: node.findings.list(),
+        pairs: Vec::new(),
+        crl_number: network.crl_number,
+        tags: network.tags,
+        roster_seq: network.roster_seq,
+        version,
+        serial: active.serial.clone().into(),
+        controller_offset_secs: node.clock.offset_secs(),
+    })
+}
+
+fn peer_status(peer: &PeerView, now: i64) -> pb::PeerStatus {
+    let path = match peer.endpoint.filter(|_| peer.has_session) {
+        Some(endpoint) => format!("direct {endpoint}"),
+        None => "none".to_owned(),
+    };
+    let ago = |past: Duration| now.saturating_sub(i64::try_from(past.as_secs()).unwrap_or(i64::MAX));
+    pb::PeerStatus {
+        name: peer.name.clone(),
+        ipv4: peer.ipv4.to_string(),
+        ipv6: peer.ipv6.to_string(),
+        path,
+        last_handshake: peer.last_handshake.map_or(0, ago),
+        rtt_us: peer.rtt.map_or(0, micros),
+        lease_ends: peer.lease_ends.unix_timestamp(),
+        rx_bytes: peer.rx_bytes,
+        tx_bytes: peer.tx_bytes,
+        tags: peer.tags.clone(),
+        wireguard_public_key: peer.wireguard_key.to_vec().into(),
+        inbound: peer.inbound,
+        outbound: peer.outbound,
+    }
+}
+
+pub(super) fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,157 @@
+//! The one task that owns roster, tunnel, firewall and routes. All others send it what they learned.
+
+mod endpoints;
+mod lease;
+mod overlay;
+mod status;
+mod worker;
+
+use std::sync::Arc;
+
+use mesh_ca::{RevocationLists, TrustAnchors};
+use mesh_proto::v1 as pb;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::failure::Failure;
+use crate::identity::Active;
+use crate::limits::COMMAND_QUEUE;
+use crate::roster::RosterError;
+
+pub(crate) use status::{NetworkStatus, PeerView};
+pub(crate) use worker::{Setup, Worker};
+
+/// What the other tasks ask of the network.
+pub(crate) enum Command {
+    Map {
+        update: Update,
+        reply: oneshot::Sender<Result<(), RosterError>>,
+    },
+    Crls {
+        crls: Vec<pb::Crl>,
+        reply: oneshot::Sender<()>,
+    },
+    Hints(pb::Hints),
+    Rekey(Arc<Active>),
+    Knowledge(oneshot::Sender<Knowledge>),
+    Status(oneshot::Sender<NetworkStatus>),
+    /// Ends the task; with `forget` also routes and table are taken away.
+    Stop {
+        forget: bool,
+        reply: oneshot::Sender<()>,
+    },
+}
+
+/// A map as the controller sends it.
+pub(crate) enum Update {
+    Full(pb::Full),
+    Delta(pb::Delta),
+}
+
+/// What this node has, for `Hello` and `Ack`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Knowledge {
+    pub(crate) cursor: Option<pb::Cursor>,
+    pub(crate) crls: Vec<pb::CrlHave>,
+    pub(crate) backend: String,
+    pub(crate) wireguard_port: u16,
+}
+
+/// Whom a TLS client of this node believes.
+#[derive(Debug, Clone)]
+pub(crate) struct Belief {
+    pub(crate) anchors: Arc<TrustAnchors>,
+    pub(crate) revocation: Option<Arc<RevocationLists>>,
+}
+
+/// The network as other tasks see it. Clones speak to the same task.
+#[derive(Debug, Clone)]
+pub(crate) struct NetworkHandle {
+    commands: mpsc::Sender<Command>,
+    pub(crate) belief: watch::Receiver<Belief>,
+    /// What the map says about this node itself.
+    pub(crate) own: watch::Receiver<pb::Own>,
+    /// The newest CRLs, on disk already.
+    pub(crate) crls: watch::Receiver<Arc<Vec<pb::Crl>>>,
+    /// Where this node can be reached.
+    pub(crate) endpoints: watch::Receiver<Vec<pb::Endpoint>>,
+}
+
+/// The ends of [`NetworkHandle`] that the worker holds.
+pub(crate) struct Outlets {
+    pub(crate) belief: watch::Sender<Belief>,
+    pub(crate) own: watch::Sender<pb::Own>,
+    pub(crate) crls: watch::Sender<Arc<Vec<pb::Crl>>>,
+    pub(crate) endpoints: watch::Sender<Vec<pb::Endpoint>>,
+}
+
+fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
+    let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
+    let outlets = Outlets {
+        belief: watch::Sender::new(belief),
+        own: watch::Sender::new(pb::Own::default()),
+        crls: watch::Sender::new(Arc::default()),
+        endpoints: watch::Sender::new(Vec::new()),
+    };
+    let handle = NetworkHandle {
+        commands,
+        belief: outlets.belief.subscribe(),
+        own: outlets.own.subscribe(),
+        crls: outlets.crls.subscribe(),
+        endpoints: outlets.endpoints.subscribe(),
+    };
+    (handle, inbox, outlets)
+}
+
+/// The network task has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the network is shut down")]
+pub(crate) struct Gone;
+
+impl From<Gone> for Failure {
+    fn from(gone: Gone) -> Self {
+        Failure::new(
+            mesh_proto::v1::ErrorCode::DaemonUnreachable,
+            gone.to_string(),
+            "wait until meshd runs again; its log says why it stopped",
+        )
+    }
+}
+
+impl NetworkHandle {
+    /// Applies a map; when this returns, it has taken effect.
+    pub(crate) async fn apply(&self, update: Update) -> Result<Result<(), RosterError>, Gone> {
+        self.ask(|reply| Command::Map { update, reply }).await
+    }
+
+    /// Takes CRLs; when this returns, they are on disk and in effect.
+    pub(crate) async fn take_crls(&self, crls: Vec<pb::Crl>) -> Result<(), Gone> {
+        self.ask(|reply| Command::Crls { crls, reply }).await
+    }
+
+    pub(crate) async fn hints(&self, hints: pb::Hints) -> Result<(), Gone> {
+        self.commands.send(Command::Hints(hints)).await.map_err(|_| Gone)
+    }
+
+    pub(crate) async fn rekey(&self, active: Arc<Active>) -> Result<(), Gone> {
+        self.commands.send(Command::Rekey(active)).await.map_err(|_| Gone)
+    }
+
+    pub(crate) async fn knowledge(&self) -> Result<Knowledge, Gone> {
+        self.ask(Command::Knowledge).await
+    }
+
+    pub(crate) async fn status(&self) -> Result<NetworkStatus, Gone> {
+        self.ask(Command::Status).await
+    }
+
+    pub(crate) async fn stop(&self, forget: bool) {
+        // If the task is gone, it has stopped.
+        let _ = self.ask(|reply| Command::Stop { forget, reply }).await;
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Gone> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+}

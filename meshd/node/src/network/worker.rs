@@ -1,0 +1,732 @@
+//! The network task: takes commands and tunnel events one after the other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
+use mesh_tunnel::{BackendKind, PeerConfig, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
+use tokio::sync::mpsc;
+
+use super::endpoints::Overlay;
+use super::lease::Leases;
+use super::overlay;
+use super::{Belief, Command, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire};
+use crate::clock::ControllerClock;
+use crate::failpoint::Failpoint;
+use crate::failure::Failure;
+use crate::findings::{Findings, Severity};
+use crate::firewall::Firewall;
+use crate::hostop::{Host, HostOp};
+use crate::identity::Active;
+use crate::join::wireguard_key;
+use crate::paths::{Action, Paths};
+use crate::pki::Trust;
+use crate::roster::{Peer, Place, Roster, RosterError};
+use crate::state::{Identity, StateDir};
+
+/// Interfaces, firewall and clocks are looked at this often.
+const TICK: Duration = Duration::from_secs(10);
+/// Keeps mappings in routers and firewalls open. WireGuard's own advice for nodes behind NAT.
+const KEEPALIVE: Duration = Duration::from_secs(25);
+/// Tunnel events that may wait; the tunnel collapses what does not fit.
+const EVENT_QUEUE: usize = 256;
+
+/// What the task is started with.
+pub(crate) struct Setup {
+    pub(crate) state: StateDir,
+    pub(crate) clock: ControllerClock,
+    pub(crate) findings: Findings,
+    pub(crate) interface: String,
+    pub(crate) mtu: u16,
+    pub(crate) wg_port: u16,
+    pub(crate) endpoints: Vec<SocketAddr>,
+    pub(crate) active: Arc<Active>,
+}
+
+/// Everything that must change together.
+pub(crate) struct Worker {
+    state: StateDir,
+    clock: ControllerClock,
+    findings: Findings,
+    configured: Vec<SocketAddr>,
+    trust: Trust,
+    roster: Roster,
+    place: Place,
+    overlay: Overlay,
+    host: Host,
+    tunnel: Arc<dyn Tunnel>,
+    paths: Paths,
+    leases: Leases,
+    /// Peers that are in the tunnel and in the firewall.
+    current: BTreeMap<u32, Peer>,
+    /// The table as it was last applied.
+    firewall: Option<Firewall>,
+    /// Endpoints told of nodes, by id, as they came.
+    told: BTreeMap<u32, Vec<pb::Endpoint>>,
+    told_changed: bool,
+    next_lease: Option<Duration>,
+    outlets: Outlets,
+    inbox: mpsc::Receiver<Command>,
+    events: mpsc::Receiver<TunnelEvent>,
+}
+
+impl Worker {
+    /// Brings up what is known without anybody's help: CRLs and map from disk, routes, firewall, tunnel.
+    ///
+    /// # Errors
+    /// [`Failure`] if the overlay cannot be brought up at all. Without a firewall it stands, but has no peers.
+    pub(crate) async fn start(setup: Setup) -> Result<(NetworkHandle, Self), Failure> {
+        let Setup { state, clock, findings, interface, mtu, wg_port, endpoints: configured, active } = setup;
+        let identity = &active.identity;
+        let mut trust = Trust::of(identity).map_err(|error| {
+            Failure::new(
+                ErrorCode::StateCorrupt,
+                mesh_runtime::chain(&error),
+                "restore the state folder, or move it away and enroll again",
+            )
+        })?;
+        let roster = stored_roster(&state, &mut trust, &findings)?;
+        let place = place_of(identity)?;
+        let overlay = Overlay { ipv4_pool: place.ipv4_pool, ipv6_prefix: place.ipv6_prefix };
+        let host = Host::open()?;
+        overlay::close_the_gaps(&host, &place, &findings).await?;
+        let private_key = wireguard_key(&identity.wireguard_keys[0])?;
+        let config = TunnelConfig {
+            interface: interface.clone(),
+            mtu,
+            listen_port: wg_port,
+            private_key,
+            fwmark: None,
+        };
+        // The table comes before the interface it speaks of: there is no moment without it.
+        let firewall = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
+        let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config).await?.into();
+        overlay::address(&host, tunnel.name(), &place, &findings).await?;
+        let events = forward_events(tunnel.as_ref());
+        let belief = Belief { anchors: trust.anchors(), revocation: trust.revocation() };
+        let (handle, inbox, outlets) = wire(belief);
+        outlets.own.send_replace(roster.own().clone());
+        outlets.crls.send_replace(Arc::new(trust.crl_messages()));
+        let told = stored_endpoints(&state);
+        let mut worker = Self {
+            state,
+            clock,
+            findings,
+            configured,
+            trust,
+            roster,
+            place,
+            overlay,
+            host,
+            tunnel,
+            paths: Paths::default(),
+            leases: Leases::default(),
+            current: BTreeMap::new(),
+            firewall,
+            told,
+            told_changed: false,
+            next_lease: None,
+            outlets,
+            inbox,
+            events,
+        };
+        worker.refresh_endpoints().await;
+        worker.reconcile().await;
+        Ok((handle, worker))
+    }
+
+    /// Serves until it is told to stop.
+    ///
+    /// # Errors
+    /// The tunnel broke down.
+    pub(crate) async fn run(mut self) -> Result<(), Failure> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        tick.reset();
+        loop {
+            self.act();
+            let wake = self.wake();
+            tokio::select! {
+                command = self.inbox.recv() => match command {
+                    Some(Command::Stop { forget, reply }) => {
+                        self.stop(forget).await;
+                        // Whoever asked may be gone; the work is done.
+                        let _ = reply.send(());
+                        return Ok(());
+                    }
+                    Some(command) => self.handle(command).await,
+                    None => {
+                        self.stop(false).await;
+                        return Ok(());
+                    }
+                },
+                event = self.events.recv() => match event {
+                    Some(TunnelEvent::Stopped { error: Some(error) }) => return Err(broken(&error)),
+                    Some(event) => self.handle_event(event),
+                    None => return Err(broken("its event queue ended")),
+                },
+                () = tokio::time::sleep_until(wake.into()) => {
+                    self.paths.handle_timeout(self.clock.own().now());
+                    if self.next_lease.is_some_and(|at| self.clock.since_boot() >= at) {
+                        self.reconcile().await;
+                    }
+                }
+                _ = tick.tick() => self.tick().await,
+            }
+        }
+    }
+
+    async fn handle(&mut self, command: Command) {
+        match command {
+            Command::Map { update, reply } => {
+                let result = self.apply(update).await;
+                // The asker may have lost its connection meanwhile.
+                let _ = reply.send(result);
+            }
+            Command::Crls { crls, reply } => {
+                self.take_crls(&crls).await;
+                let _ = reply.send(());
+            }
+            Command::Hints(hints) => self.take_hints(hints),
+            Command::Rekey(active) => self.rekey(&active),
+            Command::Knowledge(reply) => {
+                let _ = reply.send(self.knowledge());
+            }
+            Command::Status(reply) => {
+                let _ = reply.send(self.status());
+            }
+            Command::Stop { .. } => unreachable!("handled by the loop"),
+        }
+    }
+
+    async fn apply(&mut self, update: Update) -> Result<(), RosterError> {
+        let applied = match update {
+            Update::Full(full) => self.roster.apply_full(full, &self.trust),
+            Update::Delta(delta) => self.roster.apply_delta(delta),
+        };
+        if let Err(error) = applied {
+            self.findings.raise(
+                "roster",
+                Severity::Bad,
+                "the controller's map",
+                error.to_string(),
+                "if this does not pass, compare the controller with its last backup",
+            );
+            return Err(error);
+        }
+        self.findings.clear("roster");
+        match self.trust.add_issuers(self.roster.issuers()) {
+            Ok(true) => self.roster.doubt(),
+            Ok(false) => {}
+            Err(error) => tracing::warn!(error = mesh_runtime::chain(&error), "issuing CA is left out"),
+        }
+        // Effect first, disk second: whoever must go is gone before anything else takes time. The map is on
+        // disk before it is acknowledged.
+        self.reconcile().await;
+        let map = self.roster.to_full(self.trust.crl_haves());
+        if let Err(error) = self.state.save_map(&map) {
+            self.findings.raise_failure("state/map", "the state folder", &error.into());
+        } else {
+            self.findings.clear("state/map");
+        }
+        let own = self.roster.own().clone();
+        self.outlets.own.send_if_modified(|before| {
+            let changed = *before != own;
+            *before = own;
+            changed
+        });
+        Ok(())
+    }
+
+    async fn take_crls(&mut self, crls: &[pb::Crl]) {
+        let mut changed = false;
+        for message in crls {
+            if Failpoint::CrlApplyDisabled.is_set() && self.trust.revocation().is_some() {
+                continue;
+            }
+            match self.trust.take_crl(message) {
+                Ok(new) => changed |= new,
+                Err(error) => {
+                    tracing::warn!(
+                        number = message.number,
+                        error = mesh_runtime::chain(&error),
+                        "CRL is left out"
+                    );
+                }
+            }
+        }
+        if !changed {
+            return;
+        }
+        let messages = self.trust.crl_messages();
+        if let Err(error) = self.state.save_crls(&messages) {
+            self.findings.raise_failure("state/crls", "the state folder", &error.into());
+        } else {
+            self.findings.clear("state/crls");
+        }
+        self.roster.doubt();
+        self.reconcile().await;
+        let belief = Belief { anchors: self.trust.anchors(), revocation: self.trust.revocation() };
+        self.outlets.belief.send_replace(belief);
+        self.outlets.crls.send_replace(Arc::new(messages));
+    }
+
+    fn take_hints(&mut self, hints: pb::Hints) {
+        let now = self.clock.own().now();
+        for peer in hints.peers {
+            if peer.endpoints.is_empty() {
+                continue;
+            }
+            if let Some(known) = self.current.get(&peer.node_id) {
+                let candidates = self.overlay.candidates(&peer.endpoints);
+                self.paths.handle_candidates(&known.wireguard_key(), &candidates, now);
+            }
+            self.told.insert(peer.node_id, peer.endpoints);
+            self.told_changed = true;
+        }
+    }
+
+    fn rekey(&mut self, active: &Active) {
+        let keys = match place_of(&active.identity) {
+            Ok(place) => place.wireguard_keys,
+            Err(failure) => {
+                return self.findings.raise_failure("identity/keys", "this node's keys", &failure);
+            }
+        };
+        self.place.wireguard_keys = keys;
+        let Ok(private_key) = wireguard_key(&active.identity.wireguard_keys[0]) else { return };
+        if private_key.public() == self.tunnel.public_key() {
+            return;
+        }
+        match self.tunnel.rotate_key(private_key) {
+            Ok(()) => tracing::info!(key = %self.tunnel.public_key(), "WireGuard key rotated"),
+            Err(error) => {
+                let failure = overlay::tunnel_failure(error);
+                self.findings.raise_failure("identity/keys", "this node's keys", &failure);
+            }
+        }
+    }
+
+    fn handle_event(&mut self, event: TunnelEvent) {
+        let now = self.clock.own().now();
+        match event {
+            TunnelEvent::HandshakeDone { peer } => {
+                let endpoint = self
+                    .tunnel
+                    .peers()
+                    .into_iter()
+                    .find(|stats| stats.public_key == peer)
+                    .and_then(|stats| stats.endpoint);
+                self.paths.handle_handshake(&peer.0, endpoint);
+            }
+            TunnelEvent::EndpointChanged { peer, from } => self.paths.handle_roaming(&peer.0, from),
+            TunnelEvent::PeerSilent { peer } => self.paths.handle_silence(&peer.0, now),
+            _ => {}
+        }
+    }
+
+    /// Carries out what the path machine wants.
+    fn act(&mut self) {
+        while let Some(Action::Probe { peer, endpoint }) = self.paths.poll_action() {
+            let key = PublicKey(peer);
+            if self.tunnel.set_endpoint(&key, endpoint) {
+                self.tunnel.initiate_handshake(&key);
+            }
+        }
+    }
+
+    fn wake(&self) -> Instant {
+        let now = self.clock.own().now();
+        let lease = self.next_lease.map(|at| now + at.saturating_sub(self.clock.since_boot()));
+        let path = self.paths.poll_timeout();
+        [lease, path].into_iter().flatten().min().unwrap_or(now + TICK).min(now + TICK)
+    }
+
+    async fn tick(&mut self) {
+        self.refresh_endpoints().await;
+        // Leases, a firewall that was missing, a clock that was set.
+        self.reconcile().await;
+        self.save_endpoints();
+    }
+
+    /// Makes tunnel and firewall what the roster says now. First everybody who must go goes; then the
+    /// firewall changes; only then newcomers are let in.
+    async fn reconcile(&mut self) {
+        let wanted = self.wanted();
+        self.cut_off(&wanted);
+        let firewall = self.firewall_for(&wanted);
+        if self.firewall.as_ref() != Some(&firewall) {
+            self.firewall = apply_firewall(&self.host, firewall, &self.findings).await;
+        }
+        if self.firewall.is_none() {
+            // Fail closed: without the receiver's rules nobody is let in.
+            self.cut_off(&BTreeMap::new());
+            return;
+        }
+        self.let_in(wanted);
+    }
+
+    /// The peers that the chains vouch for and whose leases hold.
+    fn wanted(&mut self) -> BTreeMap<u32, Peer> {
+        let (now, boot) = (self.clock.now(), self.clock.since_boot());
+        let evaluation = self.roster.evaluate(&self.trust, &self.place, now);
+        let mut keys = Vec::new();
+        for (id, error) in &evaluation.refused {
+            let key = format!("roster/{id:08}");
+            let subject = format!("node record {id}");
+            let what = format!("left out: {}", mesh_runtime::chain(error));
+            self.findings.raise(
+                key.clone(),
+                Severity::Bad,
+                subject,
+                what,
+                "look at this node on the controller",
+            );
+            keys.push(key);
+        }
+        self.findings.clear_others("roster/", &keys);
+        let mut peers = evaluation.peers;
+        peers.retain(|_, peer| self.leases.holds(&peer.leaf.serial, peer.leaf.chain_not_after, now, boot));
+        let serials: BTreeSet<Vec<u8>> = peers.values().map(|peer| peer.leaf.serial.clone()).collect();
+        self.leases.keep(&serials);
+        // One second past the end, since times in certificates are whole seconds and inclusive.
+        self.next_lease = self.leases.next(boot).map(|left| boot + left + Duration::from_secs(1));
+        if Failpoint::PeerRemovalDisabled.is_set() {
+            for (id, peer) in &self.current {
+                peers.entry(*id).or_insert_with(|| peer.clone());
+            }
+        }
+        peers
+    }
+
+    fn cut_off(&mut self, wanted: &BTreeMap<u32, Peer>) {
+        let gone: Vec<(u32, [u8; 32], String)> = self
+            .current
+            .iter()
+            .filter(|(id, peer)| {
+                wanted.get(id).is_none_or(|wanted| wanted.wireguard_key() != peer.wireguard_key())
+            })
+            .map(|(id, peer)| (*id, peer.wireguard_key(), peer.leaf.name.clone()))
+            .collect();
+        for (id, key, name) in gone {
+            self.tunnel.remove_peer(&PublicKey(key));
+            self.paths.remove_peer(&key);
+            self.current.remove(&id);
+            tracing::info!(peer = name, "peer cut off");
+        }
+    }
+
+    fn let_in(&mut self, wanted: BTreeMap<u32, Peer>) {
+        let now = self.clock.own().now();
+        let mut keys = Vec::new();
+        for (id, peer) in wanted {
+            let key = peer.wireguard_key();
+            if !self.current.contains_key(&id) {
+                if let Err(error) = self.tunnel.set_peer(peer_config(&peer)) {
+                    let finding = format!("tunnel/{id:08}");
+                    let failure = overlay::tunnel_failure(error);
+                    self.findings.raise_failure(
+                        finding.clone(),
+                        format!("peer {}", peer.leaf.name),
+                        &failure,
+                    );
+                    keys.push(finding);
+                    continue;
+                }
+                tracing::info!(peer = peer.leaf.name, ipv4 = %peer.leaf.ipv4, "peer let in");
+                self.paths.add_peer(key);
+                if let Some(told) = self.told.get(&id) {
+                    let candidates = self.overlay.candidates(told);
+                    self.paths.handle_candidates(&key, &candidates, now);
+                }
+            }
+            self.current.insert(id, peer);
+        }
+        self.findings.clear_others("tunnel/", &keys);
+    }
+
+    fn firewall_for(&self, wanted: &BTreeMap<u32, Peer>) -> Firewall {
+        let addresses = |peer: &Peer| (peer.leaf.ipv4, peer.leaf.ipv6);
+        Firewall {
+            peers: wanted.values().map(addresses).collect(),
+            inbound: wanted.values().filter(|peer| peer.inbound).map(addresses).collect(),
+            ..empty_firewall(self.tunnel.name(), &self.place)
+        }
+    }
+
+    async fn refresh_endpoints(&mut self) {
+        match self.host.addresses().await {
+            Ok(addresses) => {
+                let (interface, port) = (self.tunnel.name(), self.tunnel.listen_port());
+                let endpoints = self.overlay.own_endpoints(&self.configured, &addresses, interface, port);
+                self.outlets.endpoints.send_if_modified(|before| {
+                    let changed = *before != endpoints;
+                    *before = endpoints;
+                    changed
+                });
+            }
+            Err(error) => tracing::warn!(error = mesh_runtime::chain(&error), "cannot list addresses"),
+        }
+    }
+
+    fn knowledge(&self) -> Knowledge {
+        Knowledge {
+            cursor: self.roster.cursor().cloned(),
+            crls: self.trust.crl_haves(),
+            backend: backend_line(self.tunnel.as_ref()),
+            wireguard_port: self.tunnel.listen_port(),
+        }
+    }
+
+    fn status(&self) -> NetworkStatus {
+        let stats: BTreeMap<[u8; 32], _> =
+            self.tunnel.peers().into_iter().map(|stats| (stats.public_key.0, stats)).collect();
+        let peers = self.current.values().map(|peer| {
+            let key = peer.wireguard_key();
+            let stats = stats.get(&key);
+            PeerView {
+                name: peer.leaf.name.clone(),
+                ipv4: peer.leaf.ipv4,
+                ipv6: peer.leaf.ipv6,
+                wireguard_key: key,
+                endpoint: stats.and_then(|stats| stats.endpoint),
+                candidates: self.paths.endpoints(&key),
+                last_handshake: stats.and_then(|stats| stats.last_handshake),
+                has_session: stats.is_some_and(|stats| stats.has_session),
+                rtt: stats.and_then(|stats| stats.rtt),
+                lease_ends: peer.leaf.chain_not_after,
+                rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
+                tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
+                tags: peer.tags.clone(),
+                inbound: peer.inbound,
+                outbound: peer.outbound,
+            }
+        });
+        NetworkStatus {
+            interface: self.tunnel.name().to_owned(),
+            backend: backend_name(self.tunnel.as_ref()).to_owned(),
+            offloads: offloads(self.tunnel.as_ref()),
+            wireguard_port: self.tunnel.listen_port(),
+            peers: peers.collect(),
+            roster_seq: self.roster.seq(),
+            crl_number: self.trust.crls().map(|trusted| trusted.message.number).max().unwrap_or(0),
+            firewall_ready: self.firewall.is_some(),
+            tags: self.roster.own().tags.clone(),
+        }
+    }
+
+    fn save_endpoints(&mut self) {
+        if !std::mem::take(&mut self.told_changed) {
+            return;
+        }
+        let peers = self.current.iter().map(|(&node_id, peer)| {
+            // The one that answered leads, so that a start without a controller finds it first.
+            let mut endpoints: Vec<pb::Endpoint> = Vec::new();
+            let told = self.told.get(&node_id).cloned().unwrap_or_default();
+            for address in self.paths.endpoints(&peer.wireguard_key()) {
+                let address = address.to_string();
+                let source = told.iter().find(|known| known.address == address);
+                let source = source.map_or(pb::endpoint::Source::PeerSaw as i32, |known| known.source);
+                endpoints.push(pb::Endpoint { address, source });
+            }
+            pb::hints::PeerEndpoints { node_id, endpoints }
+        });
+        let hints = pb::Hints { peers: peers.collect(), seen_from: Vec::new() };
+        if let Err(error) = self.state.save_endpoints(&hints) {
+            tracing::warn!(error = mesh_runtime::chain(&error), "endpoints are not stored");
+        }
+    }
+
+    /// Routes and table stay unless the node leaves: with the interface gone nothing may go out in clear.
+    async fn stop(&mut self, forget: bool) {
+        self.told_changed = true;
+        self.save_endpoints();
+        let tunnel = self.tunnel.clone();
+        // Fails only if the runtime is going down, and dropping closes it as well.
+        let _ = tokio::task::spawn_blocking(move || tunnel.close()).await;
+        if forget {
+            overlay::open_the_gaps(&self.host, &self.place).await;
+            if self.host.has_nft()
+                && let Err(error) = self.host.apply(HostOp::ApplyNft { text: Firewall::removal() }).await
+            {
+                tracing::warn!(error = mesh_runtime::chain(&error), "firewall table stays");
+            }
+        }
+    }
+}
+
+fn place_of(identity: &Identity) -> Result<Place, Failure> {
+    let keys = identity.wireguard_keys.iter().map(|key| wireguard_key(key).map(|key| key.public().0));
+    let wireguard_keys: Vec<[u8; 32]> = keys.collect::<Result<_, _>>()?;
+    if wireguard_keys.is_empty() {
+        return Err(Failure::new(
+            ErrorCode::StateCorrupt,
+            "the stored identity has no WireGuard key",
+            "restore the state folder from a backup, or enroll again",
+        ));
+    }
+    Ok(Place {
+        node_id: identity.node_id,
+        name: identity.name.clone(),
+        ipv4: identity.ipv4,
+        ipv6: identity.ipv6,
+        ipv4_pool: identity.ipv4_pool.trunc(),
+        ipv6_prefix: identity.ipv6_prefix.trunc(),
+        wireguard_keys,
+    })
+}
+
+/// CRLs and map from disk. What cannot be believed is left out and said; the controller will send it anew.
+fn stored_roster(state: &StateDir, trust: &mut Trust, findings: &Findings) -> Result<Roster, Failure> {
+    let mut roster = Roster::new(state.floor()?);
+    let map = match state.map() {
+        Ok(map) => map,
+        Err(error) => {
+            findings.raise_failure("state/map", "the stored map", &error.into());
+            None
+        }
+    };
+    if let Some(map) = &map
+        && let Err(error) = trust.add_issuers(map.issuers.iter().map(|der| der.as_ref()))
+    {
+        tracing::warn!(error = mesh_runtime::chain(&error), "stored issuing CA is left out");
+    }
+    match state.crls() {
+        Ok(crls) => {
+            for message in &crls {
+                if let Err(error) = trust.take_crl(message) {
+                    tracing::warn!(error = mesh_runtime::chain(&error), "stored CRL is left out");
+                }
+            }
+        }
+        Err(error) => findings.raise_failure("state/crls", "the stored CRLs", &error.into()),
+    }
+    if let Some(map) = map {
+        let cut = trust.lacks(&map.crls);
+        match roster.apply_full(map, trust) {
+            // A CRL older than the one the map was stored with: somebody put it there.
+            Ok(()) if cut => {
+                findings.raise(
+                    "state/crls-old",
+                    Severity::Bad,
+                    "the stored CRLs",
+                    "they are older than those stored with the map; the map waits for the controller",
+                    "look at who can write the state folder",
+                );
+                return Ok(Roster::new(state.floor()?));
+            }
+            Ok(()) => {}
+            Err(error) => findings.raise(
+                "state/map-old",
+                Severity::Bad,
+                "the stored map",
+                format!("it is left out: {error}"),
+                "look at who can write the state folder; the controller will send a new one",
+            ),
+        }
+    }
+    Ok(roster)
+}
+
+fn stored_endpoints(state: &StateDir) -> BTreeMap<u32, Vec<pb::Endpoint>> {
+    match state.endpoints() {
+        Ok(hints) => hints.peers.into_iter().map(|peer| (peer.node_id, peer.endpoints)).collect(),
+        Err(error) => {
+            tracing::warn!(error = mesh_runtime::chain(&error), "stored endpoints are left out");
+            BTreeMap::new()
+        }
+    }
+}
+
+fn empty_firewall(interface: &str, place: &Place) -> Firewall {
+    Firewall {
+        interface: interface.to_owned(),
+        ipv4_pool: place.ipv4_pool,
+        ipv6_prefix: place.ipv6_prefix,
+        peers: BTreeSet::new(),
+        inbound: BTreeSet::new(),
+    }
+}
+
+/// Applies the table; `None` and a finding if that is not possible.
+async fn apply_firewall(host: &Host, firewall: Firewall, findings: &Findings) -> Option<Firewall> {
+    match host.apply(HostOp::ApplyNft { text: firewall.ruleset() }).await {
+        Ok(()) => {
+            findings.clear("firewall");
+            Some(firewall)
+        }
+        Err(error) => {
+            findings.raise_failure("firewall", "this host's firewall; no peer is let in", &error.into());
+            None
+        }
+    }
+}
+
+fn peer_config(peer: &Peer) -> PeerConfig {
+    PeerConfig {
+        public_key: PublicKey(peer.wireguard_key()),
+        preshared_key: None,
+        endpoint: None,
+        allowed_ips: vec![
+            IpNet::from(std::net::IpAddr::V4(peer.leaf.ipv4)),
+            IpNet::from(std::net::IpAddr::V6(peer.leaf.ipv6)),
+        ],
+        persistent_keepalive: Some(KEEPALIVE),
+    }
+}
+
+/// The tunnel's queue is read by a thread of its own: it blocks.
+fn forward_events(tunnel: &dyn Tunnel) -> mpsc::Receiver<TunnelEvent> {
+    let events = tunnel.events();
+    let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
+    let forward = move || {
+        while let Some(event) = events.recv() {
+            if sender.blocking_send(event).is_err() {
+                return;
+            }
+        }
+    };
+    // Without this thread the node still works, and learns of peers at each tick.
+    if let Err(error) = std::thread::Builder::new().name("tunnel-events".into()).spawn(forward) {
+        tracing::error!(%error, "tunnel events are not heard");
+    }
+    receiver
+}
+
+fn broken(why: &str) -> Failure {
+    Failure::new(
+        ErrorCode::Internal,
+        format!("the tunnel has stopped: {why}"),
+        "look at the daemon's log; systemd starts it again",
+    )
+}
+
+fn backend_name(tunnel: &dyn Tunnel) -> &'static str {
+    match tunnel.backend().kind {
+        BackendKind::Kernel => "kernel",
+        _ => "userspace",
+    }
+}
+
+fn offloads(tunnel: &dyn Tunnel) -> Vec<String> {
+    let offloads = tunnel.backend().offloads;
+    let all = [
+        (offloads.tun_tcp, "tso"),
+        (offloads.tun_udp, "uso"),
+        (offloads.udp_gso, "gso"),
+        (offloads.udp_gro, "gro"),
+    ];
+    all.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned()).collect()
+}
+
+fn backend_line(tunnel: &dyn Tunnel) -> String {
+    let offloads = offloads(tunnel);
+    match offloads.is_empty() {
+        true => backend_name(tunnel).to_owned(),
+        false => format!("{} {}", backend_name(tunnel), offloads.join("+")),
+    }
+}

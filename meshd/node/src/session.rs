@@ -1,0 +1,103 @@
+//! The life of a node that has an identity: its tasks, and their common end.
+
+use std::sync::Arc;
+
+use mesh_proto::v1::ErrorCode;
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::failure::Failure;
+use crate::identity::Identities;
+use crate::network::{NetworkHandle, Setup, Worker};
+use crate::run::Node;
+use crate::uplink::{Uplink, UplinkHandle};
+
+/// What the local socket needs of a running node.
+pub(crate) struct Session {
+    pub(crate) identities: Arc<Identities>,
+    pub(crate) network: NetworkHandle,
+    pub(crate) uplink: UplinkHandle,
+}
+
+/// The tasks behind a [`Session`].
+pub(crate) struct Running {
+    pub(crate) session: Arc<Session>,
+    network: JoinHandle<Result<(), Failure>>,
+    others: JoinSet<()>,
+}
+
+impl Running {
+    /// Brings the overlay up from what is on disk, then lets everything else begin.
+    ///
+    /// # Errors
+    /// The overlay cannot be brought up.
+    pub(crate) async fn start(node: &Arc<Node>, identities: Arc<Identities>) -> Result<Self, Failure> {
+        let config = &node.config;
+        let setup = Setup {
+            state: node.state.clone(),
+            clock: node.clock.clone(),
+            findings: node.findings.clone(),
+            interface: config.interface.clone(),
+            mtu: config.mtu,
+            wg_port: config.wg_port,
+            endpoints: config.endpoints.clone(),
+            active: identities.active(),
+        };
+        let (network, worker) = Worker::start(setup).await?;
+        let (uplink, uplink_task) = Uplink::new(
+            node.state.clone(),
+            node.clock.clone(),
+            node.findings.clone(),
+            identities.clone(),
+            network.clone(),
+        );
+        let mut others = JoinSet::new();
+        let network_task = tokio::spawn(worker.run());
+        others.spawn(uplink_task.run());
+        others.spawn(identities.clone().keep_renewed(uplink.channel.clone(), network.own.clone()));
+        others.spawn(follow_identity(identities.clone(), network.clone()));
+        let session = Arc::new(Session { identities, network, uplink });
+        Ok(Self { session, network: network_task, others })
+    }
+
+    /// Waits until a task that must not end has ended.
+    pub(crate) async fn broken(&mut self) -> Failure {
+        let ended = |what: &str| {
+            Failure::new(
+                ErrorCode::Internal,
+                format!("{what} has ended unexpectedly"),
+                "look at the daemon's log; this is a bug worth reporting",
+            )
+        };
+        tokio::select! {
+            result = &mut self.network => match result {
+                Ok(Err(failure)) => failure,
+                Ok(Ok(())) => ended("the network task"),
+                Err(error) => Failure::internal("the network task has crashed", &error),
+            },
+            Some(result) = self.others.join_next() => match result {
+                Ok(()) => ended("a task"),
+                Err(error) => Failure::internal("a task has crashed", &error),
+            },
+        }
+    }
+
+    /// Ends all tasks. With `forget` the host is left as it was before enrollment.
+    pub(crate) async fn stop(mut self, forget: bool) {
+        self.others.shutdown().await;
+        self.session.network.stop(forget).await;
+        if let Err(error) = self.network.await {
+            tracing::warn!(%error, "network task ended badly");
+        }
+    }
+}
+
+/// Hands new WireGuard keys to the tunnel as soon as their certificate is here: peers have it at the same time.
+async fn follow_identity(identities: Arc<Identities>, network: NetworkHandle) {
+    let mut active = identities.subscribe();
+    while active.changed().await.is_ok() {
+        let current = active.borrow_and_update().clone();
+        if network.rekey(current).await.is_err() {
+            return;
+        }
+    }
+}

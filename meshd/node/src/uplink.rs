@@ -1,0 +1,393 @@
+//! The way to the controller: one connection, one Sync stream on it, and calls of other tasks beside it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
+use mesh_proto::v1::certificates_client::CertificatesClient;
+use mesh_proto::v1::sync_client::SyncClient;
+use mesh_proto::v1::sync_response::Response;
+use mesh_runtime::Backoff;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
+use tonic::transport::Channel;
+
+use crate::clock::ControllerClock;
+use crate::connect::{ConnectError, Connected, connect, node_config};
+use crate::failure::Failure;
+use crate::findings::{Findings, Severity};
+use crate::identity::{Active, Identities};
+use crate::limits::{CALL_TIMEOUT, COMMAND_QUEUE, MESSAGE_BYTES_MAX, RECONNECT_FIRST, RECONNECT_LONGEST};
+use crate::network::{NetworkHandle, Update};
+use crate::roster::RosterError;
+use crate::state::{ClockFile, StateDir};
+
+/// A clock this far from the controller's is worth a finding, seconds.
+const CLOCK_OFF_SECS: i64 = 60;
+
+/// How the connection stands, for `status`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct UplinkStatus {
+    pub(crate) controller: String,
+    pub(crate) connected: bool,
+    pub(crate) rtt: Duration,
+    /// Why the last attempt failed; empty while connected.
+    pub(crate) problem: String,
+}
+
+/// The uplink as other tasks see it.
+#[derive(Debug, Clone)]
+pub(crate) struct UplinkHandle {
+    /// The open connection; `None` while there is none.
+    pub(crate) channel: watch::Receiver<Option<Channel>>,
+    status: Arc<Mutex<UplinkStatus>>,
+}
+
+impl UplinkHandle {
+    pub(crate) fn status(&self) -> UplinkStatus {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The open connection.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ControllerUnreachable`] while there is none.
+    pub(crate) fn open_channel(&self) -> Result<Channel, Failure> {
+        self.channel.borrow().clone().ok_or_else(|| {
+            let problem = self.status().problem;
+            let why = match problem.is_empty() {
+                true => "there is no connection to the controller yet".to_owned(),
+                false => format!("there is no connection to the controller: {problem}"),
+            };
+            Failure::new(
+                ErrorCode::ControllerUnreachable,
+                why,
+                "check that the controller runs and its port is open from here",
+            )
+        })
+    }
+}
+
+/// Keeps the connection up for as long as it runs.
+pub(crate) struct Uplink {
+    state: StateDir,
+    clock: ControllerClock,
+    findings: Findings,
+    identities: Arc<Identities>,
+    network: NetworkHandle,
+    channel: watch::Sender<Option<Channel>>,
+    status: Arc<Mutex<UplinkStatus>>,
+    /// The next `Hello` asks for the whole map.
+    ask_everything: bool,
+}
+
+/// Why a stream ended.
+enum End {
+    /// A new identity is to be used: connect again at once.
+    NewIdentity,
+    /// The map that is needed is another one: connect again at once, asking for everything.
+    Resync(RosterError),
+    /// Connection or controller failed: wait, then try again.
+    Failed(Failure),
+}
+
+impl From<Failure> for End {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<crate::network::Gone> for End {
+    fn from(gone: crate::network::Gone) -> Self {
+        Self::Failed(gone.into())
+    }
+}
+
+impl From<tonic::Status> for End {
+    fn from(status: tonic::Status) -> Self {
+        Self::Failed(Failure::from_status(&status))
+    }
+}
+
+impl Uplink {
+    pub(crate) fn new(
+        state: StateDir,
+        clock: ControllerClock,
+        findings: Findings,
+        identities: Arc<Identities>,
+        network: NetworkHandle,
+    ) -> (UplinkHandle, Self) {
+        let (channel, open) = watch::channel(None);
+        let status = Arc::new(Mutex::new(UplinkStatus::default()));
+        let handle = UplinkHandle { channel: open, status: status.clone() };
+        (handle, Self { state, clock, findings, identities, network, channel, status, ask_everything: false })
+    }
+
+    /// Runs until it is dropped.
+    pub(crate) async fn run(mut self) {
+        let mut backoff = Backoff::new(RECONNECT_FIRST, RECONNECT_LONGEST);
+        loop {
+            let mut served = false;
+            let active = self.identities.active();
+            let end = match self.session(&active, &mut served).await {
+                Ok(never) => match never {},
+                Err(end) => end,
+            };
+            self.channel.send_replace(None);
+            if served {
+                backoff.reset();
+            }
+            match end {
+                End::NewIdentity => self.note(|status| status.connected = false),
+                End::Resync(error) => {
+                    tracing::warn!(%error, "asking for the whole map");
+                    self.ask_everything = true;
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+                End::Failed(failure) => {
+                    self.failed(&active, &failure);
+                    tokio::time::sleep(backoff.next_wait()).await;
+                }
+            }
+        }
+    }
+
+    /// Connects, and serves one Sync stream to its end.
+    async fn session(
+        &mut self,
+        active: &Arc<Active>,
+        served: &mut bool,
+    ) -> Result<std::convert::Infallible, End> {
+        let connected = self.connect(active).await?;
+        if active.has_expired(self.clock.now()) {
+            self.identities.resume(&connected.channel).await?;
+            return Err(End::NewIdentity);
+        }
+        let channel = connected.channel;
+        // A first start has no CRL, and without one no peer is believed.
+        if self.network.knowledge().await?.crls.is_empty() {
+            self.fetch_crls(&channel).await?;
+        }
+        let (outgoing, stream) = mpsc::channel(COMMAND_QUEUE);
+        let hello = self.hello().await?;
+        send(&outgoing, pb::sync_request::Request::Hello(hello)).await?;
+        let mut client = SyncClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut incoming = client.sync(ReceiverStream::new(stream)).await?.into_inner();
+        let mut identity = self.identities.subscribe();
+        let mut endpoints = self.network.endpoints.clone();
+        endpoints.mark_unchanged();
+        loop {
+            tokio::select! {
+                message = incoming.message() => {
+                    let Some(message) = message? else {
+                        return Err(closed("the controller ended the stream").into());
+                    };
+                    if !*served {
+                        *served = true;
+                        self.identities.prove(active)?;
+                        self.note(|status| {
+                            status.connected = true;
+                            status.rtt = connected.rtt;
+                            status.problem.clear();
+                        });
+                        self.findings.clear("controller");
+                        tracing::info!(controller = self.current_controller(), "controller connected");
+                        self.channel.send_replace(Some(channel.clone()));
+                    }
+                    self.learn_time(message.controller_time);
+                    self.take(message, &channel, &outgoing).await?;
+                }
+                changed = identity.changed() => {
+                    // The sender lives in `self.identities`.
+                    if changed.is_ok() && identity.borrow_and_update().serial != active.serial {
+                        return Err(End::NewIdentity);
+                    }
+                }
+                changed = endpoints.changed() => {
+                    if changed.is_err() {
+                        return Err(closed("the network has stopped").into());
+                    }
+                    let list = endpoints.borrow_and_update().clone();
+                    let told = pb::sync_request::Endpoints { endpoints: list };
+                    send(&outgoing, pb::sync_request::Request::Endpoints(told)).await?;
+                }
+            }
+        }
+    }
+
+    async fn take(
+        &mut self,
+        message: pb::SyncResponse,
+        channel: &Channel,
+        outgoing: &mpsc::Sender<pb::SyncRequest>,
+    ) -> Result<(), End> {
+        let (update, cursor, published) = match message.response {
+            Some(Response::Full(full)) => {
+                let (cursor, crls) = (full.cursor.clone(), full.crls.clone());
+                (Update::Full(full), cursor, crls)
+            }
+            Some(Response::Delta(delta)) => {
+                let (cursor, crls) = (delta.cursor.clone(), delta.crls.clone());
+                (Update::Delta(delta), cursor, crls)
+            }
+            Some(Response::Hints(hints)) => return Ok(self.network.hints(hints).await?),
+            Some(Response::Goodbye(goodbye)) => {
+                let detail = goodbye.reason.unwrap_or_default();
+                return Err(Failure::from_detail(detail).into());
+            }
+            // Something newer than this program; what it means will be told again in a map.
+            None => return Ok(()),
+        };
+        self.network.apply(update).await?.map_err(End::Resync)?;
+        self.ask_everything = false;
+        let knowledge = self.network.knowledge().await?;
+        let crls = match lacks(&knowledge.crls, &published) {
+            false => knowledge.crls,
+            true => {
+                self.fetch_crls(channel).await?;
+                self.network.knowledge().await?.crls
+            }
+        };
+        let seq = cursor.map_or(0, |cursor| cursor.seq);
+        let ack = pb::sync_request::Ack { seq, crls, findings: self.findings.lines() };
+        send(outgoing, pb::sync_request::Request::Ack(ack)).await
+    }
+
+    async fn hello(&self) -> Result<pb::sync_request::Hello, End> {
+        let knowledge = self.network.knowledge().await?;
+        Ok(pb::sync_request::Hello {
+            cursor: knowledge.cursor.filter(|_| !self.ask_everything),
+            endpoints: self.network.endpoints.borrow().clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            backend: knowledge.backend,
+            wireguard_port: u32::from(knowledge.wireguard_port),
+            node_time: self.clock.own().utc_now().unix_timestamp(),
+            crls: knowledge.crls,
+        })
+    }
+
+    async fn fetch_crls(&self, channel: &Channel) -> Result<(), End> {
+        let mut request = Request::new(pb::Empty {});
+        request.set_timeout(CALL_TIMEOUT);
+        let mut client =
+            CertificatesClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let crls = client.crls(request).await?.into_inner().crls;
+        Ok(self.network.take_crls(crls).await?)
+    }
+
+    /// Tries the controllers in their order.
+    async fn connect(&self, active: &Active) -> Result<Connected, End> {
+        let belief = self.network.belief.borrow().clone();
+        let config = node_config(&active.identity, belief.anchors, belief.revocation, &self.clock)
+            .map_err(Failure::from)?;
+        let mut last = None;
+        for address in &active.identity.controllers {
+            self.note(|status| status.controller.clone_from(address));
+            match connect(address, config.clone()).await {
+                Ok(connected) => return Ok(connected),
+                Err(error) => {
+                    tracing::debug!(
+                        controller = address,
+                        error = mesh_runtime::chain(&error),
+                        "no connection"
+                    );
+                    last = Some(error);
+                }
+            }
+        }
+        Err(match last {
+            Some(error) => connect_failure(error).into(),
+            None => Failure::new(
+                ErrorCode::StateCorrupt,
+                "the stored identity names no controller",
+                "enroll this node again",
+            )
+            .into(),
+        })
+    }
+
+    fn failed(&mut self, active: &Active, failure: &Failure) {
+        self.note(|status| {
+            status.connected = false;
+            status.problem.clone_from(&failure.why);
+        });
+        tracing::info!(code = failure.number(), why = %failure, "no controller");
+        let severity = match failure.code {
+            ErrorCode::ControllerUnreachable | ErrorCode::TimedOut => Severity::Warn,
+            _ => Severity::Bad,
+        };
+        let what = format!("{}: {}", failure.number(), failure.why);
+        self.findings.raise("controller", severity, "the controller", what, failure.next.clone());
+        let refused = matches!(
+            failure.code,
+            ErrorCode::IdentityUnknown | ErrorCode::IdentityRevoked | ErrorCode::Denied
+        );
+        if refused
+            && active.serial == self.identities.active().serial
+            && let Err(error) = self.identities.fall_back()
+        {
+            self.findings.raise_failure("identity/renewal", "this node's identity", &error);
+        }
+    }
+
+    fn learn_time(&self, controller_time: i64) {
+        let Some(offset_secs) = self.clock.learn(controller_time) else { return };
+        tracing::info!(offset_secs, "controller's clock learned");
+        if let Err(error) = self.state.save_clock(ClockFile { offset_secs }) {
+            self.findings.raise_failure("state/clock", "the state folder", &error.into());
+        }
+        if offset_secs.abs() > CLOCK_OFF_SECS {
+            self.findings.raise(
+                "host/clock",
+                Severity::Warn,
+                "this host's clock",
+                format!(
+                    "it is {} s {} the controller's",
+                    offset_secs.abs(),
+                    if offset_secs > 0 { "behind" } else { "ahead of" }
+                ),
+                "set it, e.g. with `timedatectl set-ntp true`",
+            );
+        } else {
+            self.findings.clear("host/clock");
+        }
+    }
+
+    fn current_controller(&self) -> String {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).controller.clone()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut UplinkStatus)) {
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+fn connect_failure(error: ConnectError) -> Failure {
+    error.into()
+}
+
+async fn send(
+    outgoing: &mpsc::Sender<pb::SyncRequest>,
+    request: pb::sync_request::Request,
+) -> Result<(), End> {
+    outgoing
+        .send(pb::SyncRequest { request: Some(request) })
+        .await
+        .map_err(|_| closed("the stream to the controller has ended").into())
+}
+
+fn closed(why: &str) -> Failure {
+    Failure::new(ErrorCode::ControllerUnreachable, why, "nothing to do: the node connects again by itself")
+}
+
+fn lacks(have: &[pb::CrlHave], published: &[pb::CrlHave]) -> bool {
+    published.iter().any(|wanted| {
+        !have.iter().any(|have| {
+            have.issuer_key_id == wanted.issuer_key_id
+                && have.shard == wanted.shard
+                && have.number >= wanted.number
+        })
+    })
+}
