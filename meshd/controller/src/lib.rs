@@ -1,1 +1,66 @@
-//! (see docs/architecture.md)
+//! The controller: private certificate authority and directory of a fleet.
+//!
+//! Requests enter by [`listener`], are admitted by [`gate`] after the one table in [`auth`], handled by a
+//! thin file of [`service`], decided and recorded by the one thread of [`writer`], and answered from
+//! the published World in [`directory`]. Errors leave by [`status`] and no other door.
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod limits;
+
+mod controller;
+mod init;
+
+mod archive;
+mod codec;
+mod directory;
+mod history;
+mod snapshots;
+mod state;
+mod writer;
+
+mod authority;
+mod issuer;
+mod own_certificate;
+mod publish;
+
+mod auth;
+mod denials;
+mod gate;
+mod listener;
+mod status;
+mod throttle;
+mod tls;
+
+mod certify;
+mod enroll;
+mod identity;
+mod receipts;
+mod renew;
+mod reservations;
+mod revoke;
+mod token;
+mod wireguard;
+
+mod presence;
+mod sync;
+mod views;
+
+mod failpoint;
+mod parts;
+mod service;
+
+pub use config::{InitConfig, InitSummary, Passphrase, RunConfig, Unlock};
+pub use controller::{Controller, Environment};
+pub use error::StartupError;
+pub use init::init;
+
+/// Runs the controller of `config` on the system's clock until `shutdown`.
+///
+/// # Errors
+/// Whatever kept it from starting, or made it stop; see [`StartupError`].
+pub async fn run(config: RunConfig, shutdown: mesh_runtime::ShutdownToken) -> Result<(), StartupError> {
+    let environment = Environment { clock: std::sync::Arc::new(mesh_runtime::SystemClock), journal: None };
+    Controller::build(config, environment).await?.run(shutdown).await
+}

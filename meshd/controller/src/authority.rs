@@ -1,0 +1,380 @@
+//! The CA with its keys in memory: the one place where identities meet X.509.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use mesh_ca::{
+    CrlPlan, DnsName, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafTemplate, MemoryKeyStore,
+    NameError, Profile, RevokedEntry, SerialNumber, SubjectKey, TrustDomain,
+};
+use mesh_core::{CaRecord, CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
+use sha2::{Digest as _, Sha256};
+use time::UtcDateTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
+
+use crate::config::{Passphrase, Unlock};
+use crate::error::StartupError;
+use crate::state::{read_file, replace_file};
+
+/// File of the sealed root key, below the state directory's `keys`.
+const ROOT_KEY_FILE: &str = "root.key";
+const ISSUING_KEY_FILE: &str = "issuing.key";
+const ROOT_KEY_ID: &str = "root";
+const ISSUING_KEY_ID: &str = "issuing";
+
+/// Root and issuing CA, able to sign. Signing blocks: only on the blocking pool.
+pub(crate) struct Authority {
+    domain: TrustDomain,
+    store: MemoryKeyStore,
+    root: Issuer,
+    issuing: Issuer,
+    root_spki_sha256: [u8; 32],
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority").field("domain", &self.domain).finish_non_exhaustive()
+    }
+}
+
+/// What `init` made, before anything of it is recorded.
+pub(crate) struct NewAuthority {
+    pub(crate) authority: Authority,
+    pub(crate) root_not_after: UtcDateTime,
+    pub(crate) issuing_not_after: UtcDateTime,
+}
+
+/// A CRL that was just signed; nothing until its record is durable.
+#[derive(Debug)]
+pub(crate) struct SignedCrl {
+    pub(crate) der: Vec<u8>,
+    pub(crate) this_update: UtcTime,
+    pub(crate) next_update: UtcTime,
+}
+
+/// Which of the two CAs a CRL belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CaRole {
+    Root,
+    Issuing,
+}
+
+/// What a leaf will say, in the mesh's own words.
+#[derive(Debug, Clone)]
+pub(crate) struct LeafRequest {
+    pub(crate) profile: Profile,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) owner: Owner,
+    pub(crate) names: Vec<mesh_core::DnsName>,
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) wireguard: Vec<[u8; 32]>,
+    pub(crate) pair_name: String,
+    /// Cut to what profile and issuer allow.
+    pub(crate) lifetime: Duration,
+}
+
+impl Authority {
+    /// Draws both keys, makes both certificates and writes the keys below `keys`.
+    pub(crate) fn create(
+        keys: &Path,
+        domain: &TrustDomain,
+        fleet: &str,
+        passphrase: Option<&Passphrase>,
+        now: UtcDateTime,
+    ) -> Result<NewAuthority, StartupError> {
+        let mut store = MemoryKeyStore::new();
+        let (root_id, issuing_id) = (key_id(ROOT_KEY_ID), key_id(ISSUING_KEY_ID));
+        for (id, purpose, file) in [
+            (&root_id, KeyPurpose::Root, ROOT_KEY_FILE),
+            (&issuing_id, KeyPurpose::Issuing, ISSUING_KEY_FILE),
+        ] {
+            let pkcs8 = store.generate(id.clone()).map_err(internal("cannot draw a CA key"))?;
+            let text = mesh_ca::seal(
+                &pkcs8,
+                id,
+                purpose,
+                unlock_with(passphrase),
+                mesh_ca::KdfParams::default(),
+                &mut random_fill,
+            )
+            .map_err(internal("cannot seal a CA key"))?;
+            let path = keys.join(file);
+            replace_file(&path, text.as_bytes()).map_err(|error| StartupError::io("write", &path, error))?;
+        }
+        let naming = mesh_ca::CaNaming { mesh: fleet, now };
+        let root_certificate = mesh_ca::create_root(&store, &root_id, naming, &mut random_fill)
+            .map_err(internal("cannot make the root CA"))?;
+        let root = Issuer::new(&root_certificate.der, root_id, domain.clone(), &store)
+            .map_err(internal("cannot use the root CA"))?;
+        let issuing_certificate =
+            mesh_ca::create_issuing_ca(&root, &store, &issuing_id, naming, &mut random_fill)
+                .map_err(internal("cannot make the issuing CA"))?;
+        let issuing = Issuer::new(&issuing_certificate.der, issuing_id, domain.clone(), &store)
+            .map_err(internal("cannot use the issuing CA"))?;
+        Ok(NewAuthority {
+            root_not_after: root_certificate.not_after,
+            issuing_not_after: issuing_certificate.not_after,
+            authority: Self {
+                domain: domain.clone(),
+                root_spki_sha256: root_certificate.key_hash,
+                store,
+                root,
+                issuing,
+            },
+        })
+    }
+
+    /// Opens both keys and binds them to the certificates that World remembers.
+    pub(crate) fn open(
+        keys: &Path,
+        domain: &TrustDomain,
+        cas: &[CaRecord],
+        unlock: Unlock,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Self, StartupError> {
+        let passphrase = match unlock {
+            Unlock::None => None,
+            _ => Some(passphrase.ok_or(StartupError::PassphraseMissing)?),
+        };
+        let mut store = MemoryKeyStore::new();
+        let (root_id, issuing_id) = (key_id(ROOT_KEY_ID), key_id(ISSUING_KEY_ID));
+        for (id, purpose, file) in [
+            (&root_id, KeyPurpose::Root, ROOT_KEY_FILE),
+            (&issuing_id, KeyPurpose::Issuing, ISSUING_KEY_FILE),
+        ] {
+            let path = keys.join(file);
+            let text = read_file(&path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
+                .map_err(|error| StartupError::io("read", &path, error))?;
+            let pkcs8 =
+                mesh_ca::unseal(&text, id, purpose, unlock_with(passphrase)).map_err(
+                    |error| match error {
+                        mesh_ca::SealError::WrongPassphrase => StartupError::PassphraseWrong,
+                        mesh_ca::SealError::PassphraseNeeded => StartupError::PassphraseMissing,
+                        other => StartupError::StateCorrupt {
+                            path: path.clone(),
+                            what: "a CA key cannot be opened".into(),
+                            source: Some(other.into()),
+                        },
+                    },
+                )?;
+            store.insert_pkcs8(id.clone(), &pkcs8).map_err(|error| StartupError::StateCorrupt {
+                path: path.clone(),
+                what: "a CA key cannot be read".into(),
+                source: Some(error.into()),
+            })?;
+        }
+        let bind = |is_root: bool, id: KeyId| {
+            let corrupt = |what: &str, source: Option<mesh_ca::IssueError>| StartupError::StateCorrupt {
+                path: keys.into(),
+                what: what.into(),
+                source: source.map(Into::into),
+            };
+            let record = cas
+                .iter()
+                .rfind(|ca| ca.is_root == is_root)
+                .ok_or_else(|| corrupt("the journal names no such CA", None))?;
+            Issuer::new(&record.der, id, domain.clone(), &store)
+                .map_err(|error| corrupt("a CA's key and certificate do not fit", Some(error)))
+        };
+        let root = bind(true, root_id)?;
+        let issuing = bind(false, issuing_id)?;
+        let root_spki_sha256 =
+            store.public_key(root.key_id()).map_err(internal("cannot read the root's key"))?.key_hash();
+        Ok(Self { domain: domain.clone(), root_spki_sha256, store, root, issuing })
+    }
+
+    pub(crate) fn domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// What join tokens pin.
+    pub(crate) fn root_spki_sha256(&self) -> [u8; 32] {
+        self.root_spki_sha256
+    }
+
+    pub(crate) fn root_der(&self) -> &[u8] {
+        self.root.certificate_der()
+    }
+
+    pub(crate) fn issuing_der(&self) -> &[u8] {
+        self.issuing.certificate_der()
+    }
+
+    pub(crate) fn root_not_after(&self) -> UtcDateTime {
+        self.root.not_after()
+    }
+
+    pub(crate) fn issuing_not_after(&self) -> UtcDateTime {
+        self.issuing.not_after()
+    }
+
+    /// subjectKeyIdentifier of one of the two, as World knows issuers.
+    pub(crate) fn issuer_key_id(&self, role: CaRole) -> mesh_core::KeyId {
+        core_key_id(self.ca(role))
+    }
+
+    /// Whether `key_hash` is one of the CA's own keys.
+    pub(crate) fn is_own_key(&self, key_hash: &[u8; 32]) -> bool {
+        [&self.root, &self.issuing]
+            .into_iter()
+            .any(|issuer| self.store.public_key(issuer.key_id()).is_ok_and(|key| key.key_hash() == *key_hash))
+    }
+
+    pub(crate) fn ca_records(&self) -> Vec<CaRecord> {
+        [(&self.root, true), (&self.issuing, false)]
+            .map(|(issuer, is_root)| CaRecord {
+                key_id: core_key_id(issuer),
+                der: issuer.certificate_der().to_vec(),
+                is_root,
+            })
+            .into()
+    }
+
+    /// Signs a leaf under the issuing CA, reads it back, lints it. The result is nothing until its
+    /// record is durable. Blocks.
+    pub(crate) fn issue(
+        &self,
+        request: &LeafRequest,
+        key: SubjectKey<'_>,
+        serial: SerialNumber,
+        now: UtcDateTime,
+    ) -> Result<CertificateRecord, IssueProblem> {
+        let mut template =
+            LeafTemplate::new(request.profile, request.identity.clone(), now, request.lifetime);
+        template.dns = request
+            .names
+            .iter()
+            .map(|name| DnsName::parse(name.as_str()))
+            .collect::<Result<_, _>>()
+            .map_err(IssueProblem::Name)?;
+        template.ips.clone_from(&request.ips);
+        template.wireguard_keys.clone_from(&request.wireguard);
+        let issued = mesh_ca::issue_leaf(&self.issuing, &self.store, key, &template, serial)
+            .map_err(IssueProblem::Issue)?;
+        Ok(CertificateRecord {
+            serial: Serial(*issued.serial.as_bytes()),
+            key_hash: KeyHash(issued.key_hash),
+            owner: request.owner.clone(),
+            profile: request.profile.name().to_owned(),
+            names: request.names.clone(),
+            ips: request.ips.clone(),
+            pair_name: request.pair_name.clone(),
+            shard: issued.crl_shard,
+            not_before: issued.not_before.into(),
+            not_after: issued.not_after.into(),
+            issuer_key_id: mesh_core::KeyId(issued.issuer_key_id.as_bytes().to_vec()),
+            der: issued.der,
+        })
+    }
+
+    /// Signs a CRL. Blocks.
+    pub(crate) fn crl(
+        &self,
+        role: CaRole,
+        number: u64,
+        revoked: &[RevokedEntry],
+        now: UtcDateTime,
+    ) -> Result<SignedCrl, mesh_ca::CrlError> {
+        let lifetime = match role {
+            CaRole::Root => mesh_ca::ROOT_CRL_LIFETIME,
+            CaRole::Issuing => mesh_ca::CRL_LIFETIME,
+        };
+        let plan = CrlPlan::new(number, now, lifetime, revoked);
+        let der = mesh_ca::build_crl(self.ca(role), &self.store, &plan)?;
+        Ok(SignedCrl { der, this_update: plan.this_update.into(), next_update: plan.next_update.into() })
+    }
+
+    /// The serials that a CRL of ours lists; `None` if it is not ours or cannot be read.
+    pub(crate) fn listed(&self, role: CaRole, der: &[u8]) -> Option<BTreeSet<Serial>> {
+        let crl = mesh_ca::Crl::parse_verified(der, self.ca(role).certificate_der()).ok()?;
+        Some(crl.entries().map(|entry| Serial(*entry.serial.as_bytes())).collect())
+    }
+
+    fn ca(&self, role: CaRole) -> &Issuer {
+        match role {
+            CaRole::Root => &self.root,
+            CaRole::Issuing => &self.issuing,
+        }
+    }
+}
+
+/// Why a leaf was not signed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IssueProblem {
+    #[error("name cannot stand in a certificate")]
+    Name(#[source] NameError),
+    #[error("certificate was not issued")]
+    Issue(#[source] mesh_ca::IssueError),
+}
+
+/// What people want to know of a CA certificate.
+pub(crate) struct CaFacts {
+    pub(crate) subject: String,
+    pub(crate) not_before: UtcDateTime,
+    pub(crate) not_after: UtcDateTime,
+    pub(crate) spki_sha256: [u8; 32],
+    pub(crate) serial: Vec<u8>,
+}
+
+impl CaFacts {
+    /// Reads a certificate of our own; `None` if it cannot be read.
+    pub(crate) fn read(der: &[u8]) -> Option<Self> {
+        let (_, certificate) = X509Certificate::from_der(der).ok()?;
+        let validity = certificate.validity();
+        Some(Self {
+            subject: certificate.subject().to_string(),
+            not_before: validity.not_before.to_datetime().to_utc(),
+            not_after: validity.not_after.to_datetime().to_utc(),
+            spki_sha256: Sha256::digest(certificate.public_key().raw).into(),
+            serial: certificate.raw_serial().to_vec(),
+        })
+    }
+}
+
+/// A serial that no certificate of ours has had: 126 random bits; the writer refuses a repeat.
+pub(crate) fn draw_serial() -> SerialNumber {
+    SerialNumber::random(&mut random_fill)
+}
+
+/// A name as one label of a SPIFFE ID.
+pub(crate) fn label(text: &str) -> Result<Label, NameError> {
+    Label::parse(text)
+}
+
+pub(crate) fn crl_entry(serial: Serial, at: UtcTime, reason: Reason) -> Option<RevokedEntry> {
+    Some(RevokedEntry {
+        serial: SerialNumber::from_slice(&serial.0).ok()?,
+        revoked_at: at.into(),
+        reason: mesh_ca::RevocationReason::from_code(reason.code())?,
+    })
+}
+
+fn core_key_id(issuer: &Issuer) -> mesh_core::KeyId {
+    mesh_core::KeyId(issuer.key_identifier().as_bytes().to_vec())
+}
+
+fn random_fill(bytes: &mut [u8]) {
+    use rand::RngCore as _;
+    mesh_runtime::os_rng().fill_bytes(bytes);
+}
+
+fn key_id(text: &str) -> KeyId {
+    KeyId::parse(text).expect("our key ids are lower-case words")
+}
+
+fn unlock_with(passphrase: Option<&Passphrase>) -> mesh_ca::Unlock<'_> {
+    match passphrase {
+        Some(passphrase) => mesh_ca::Unlock::Passphrase(passphrase.as_bytes()),
+        None => mesh_ca::Unlock::None,
+    }
+}
+
+fn internal<E: std::error::Error + Send + Sync + 'static>(
+    what: &'static str,
+) -> impl FnOnce(E) -> StartupError {
+    move |error| StartupError::internal(what, error)
+}

@@ -1,0 +1,97 @@
+//! What the daemon's command line hands down, already parsed.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use zeroize::Zeroizing;
+
+/// A passphrase. Has no readable `Debug`; wiped when dropped.
+#[derive(Clone)]
+pub struct Passphrase(Zeroizing<String>);
+
+impl Passphrase {
+    pub fn new(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl std::fmt::Debug for Passphrase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Passphrase(…)")
+    }
+}
+
+/// How the CA's keys are unlocked at each start; remembered in the state directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unlock {
+    /// A person types it, or it comes by file or environment at each start.
+    Passphrase,
+    /// systemd hands it over (`LoadCredential=mesh-passphrase`).
+    Credential,
+    /// It lies in a file that is named at each start.
+    File,
+    /// The keys are not sealed: whoever reads the disk is the CA.
+    None,
+}
+
+impl Unlock {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Passphrase => "passphrase",
+            Self::Credential => "credential",
+            Self::File => "file",
+            Self::None => "none",
+        }
+    }
+}
+
+/// What `meshd controller init` was asked to make.
+#[derive(Debug, Clone)]
+pub struct InitConfig {
+    /// Must not exist; its parent must.
+    pub state_dir: PathBuf,
+    /// Trust domain and DNS domain, for example `mesh.internal`.
+    pub domain: String,
+    /// The controller's own name, one DNS label.
+    pub name: String,
+    /// What status shows as the fleet's name.
+    pub fleet: String,
+    /// `host:port` under which nodes reach the controller; stands in every join token.
+    pub advertise: Vec<String>,
+    /// Pool of overlay IPv4 addresses.
+    pub ipv4_pool: ipnet::Ipv4Net,
+    pub unlock: Unlock,
+    /// Seals the CA's keys; present unless `unlock` is [`Unlock::None`].
+    pub passphrase: Option<Passphrase>,
+}
+
+/// What `init` made, for its last lines on the screen.
+#[derive(Debug, Clone)]
+pub struct InitSummary {
+    pub state_dir: PathBuf,
+    pub domain: String,
+    pub root_spki_sha256: [u8; 32],
+    pub root_not_after: time::UtcDateTime,
+    pub issuing_not_after: time::UtcDateTime,
+    pub unlock: Unlock,
+}
+
+/// What `meshd controller run` was told.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    pub state_dir: PathBuf,
+    /// Address of the gRPC listener; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Unix socket for root and the daemon's own uid.
+    pub socket: PathBuf,
+    /// Overrides what `init` was told, when not empty.
+    pub advertise: Vec<String>,
+    pub passphrase: Option<Passphrase>,
+    /// Print `listening on ADDR` on standard output once requests are served.
+    pub announce: bool,
+}

@@ -1,0 +1,142 @@
+//! `meshd controller init`: a state directory with a CA, a journal and its first record.
+
+use mesh_ca::TrustDomain;
+use mesh_core::policy::STARTER_POLICY;
+use mesh_core::{Actor, Command, Decision, DnsName, OperationId, Request, UtcTime, World};
+use mesh_runtime::SharedClock;
+use mesh_store::{Append, Journal};
+
+use crate::authority::{Authority, label};
+use crate::codec::encode_record;
+use crate::config::{InitConfig, InitSummary, Unlock};
+use crate::error::StartupError;
+use crate::state::{Settings, StateDir};
+
+/// Makes a new controller in `config.state_dir`. Nothing is listening afterwards.
+///
+/// # Errors
+/// [`StartupError::StateExists`] without touching anything; after any other failure the directory that
+/// was made is removed again.
+pub fn init(config: InitConfig, clock: SharedClock) -> Result<InitSummary, StartupError> {
+    let domain = check(&config)?;
+    let (state, store) = StateDir::create(&config.state_dir)?;
+    let made = fill(&config, &domain, &state, store, &clock);
+    if made.is_err() {
+        // It is ours and of no use: a half-made one would only be in the way of the next try.
+        let _ = std::fs::remove_dir_all(&config.state_dir);
+    }
+    made
+}
+
+fn fill(
+    config: &InitConfig,
+    domain: &TrustDomain,
+    state: &StateDir,
+    mut store: mesh_store::Store,
+    clock: &SharedClock,
+) -> Result<InitSummary, StartupError> {
+    let now = clock.utc_now();
+    let passphrase = config.passphrase.as_ref().filter(|_| config.unlock != Unlock::None);
+    let made = Authority::create(&state.keys(), domain, &config.fleet, passphrase, now)?;
+    let command = Command::CreateMesh {
+        mesh_id: mesh_runtime::random_bytes(),
+        journal_id: mesh_runtime::random_bytes(),
+        fleet: config.fleet.clone(),
+        domain: DnsName::try_from(domain.as_str()).map_err(|error| config_error("domain", error))?,
+        controller_name: config.name.clone(),
+        ipv4_pool: config.ipv4_pool,
+        cas: made.authority.ca_records(),
+        starter_policy: STARTER_POLICY.to_owned(),
+    };
+    record_first(&mut store, state, command, now.into())?;
+    state.write_settings(&Settings {
+        name: config.name.clone(),
+        unlock: config.unlock,
+        advertise: config.advertise.clone(),
+        incarnation: 1,
+    })?;
+    Ok(InitSummary {
+        state_dir: config.state_dir.clone(),
+        domain: domain.to_string(),
+        root_spki_sha256: made.authority.root_spki_sha256(),
+        root_not_after: made.root_not_after,
+        issuing_not_after: made.issuing_not_after,
+        unlock: config.unlock,
+    })
+}
+
+fn record_first(
+    store: &mut mesh_store::Store,
+    state: &StateDir,
+    command: Command,
+    at: UtcTime,
+) -> Result<(), StartupError> {
+    let world = World::new();
+    let operation = OperationId(mesh_runtime::random_bytes());
+    let request = Request { actor: Actor::LocalRoot, operation, command };
+    let decided = world.decide(at, &request).map_err(|error| config_error("mesh", error))?;
+    let Decision::Changes(changes) = decided else {
+        return Err(config_error("mesh", "there is one already"));
+    };
+    let record = world.record(at, &request, changes);
+    let encoded = encode_record(&record)
+        .map_err(|error| StartupError::internal("cannot encode the first record", error))?;
+    let head = store.journal.head();
+    match store.journal.append(&head, &[encoded]) {
+        Ok(Append::Appended { .. }) => Ok(()),
+        Ok(Append::Conflict { .. }) => Err(StartupError::StateExists { path: state.root().into() }),
+        Ok(Append::Unknown { source }) => Err(StartupError::io("sync", state.root(), source)),
+        Err(mesh_store::AppendError::Full { .. }) => {
+            Err(StartupError::DiskFull { path: state.root().into() })
+        }
+        Err(error) => Err(StartupError::internal("cannot write the first record", error)),
+    }
+}
+
+fn check(config: &InitConfig) -> Result<TrustDomain, StartupError> {
+    let domain = TrustDomain::parse(&config.domain).map_err(|error| config_error("domain", error))?;
+    label(&config.name).map_err(|error| config_error("name", error))?;
+    config.advertise.iter().try_for_each(|address| check_advertised(address))?;
+    match (&config.unlock, &config.passphrase) {
+        (Unlock::None, _) | (_, Some(_)) => Ok(domain),
+        (_, None) => Err(StartupError::PassphraseMissing),
+    }
+}
+
+/// `host:port`, where the host may be an IPv6 address in brackets.
+pub(crate) fn check_advertised(address: &str) -> Result<(), StartupError> {
+    let problem = |what: &str| config_error("advertise", format!("{address:?} {what}"));
+    let (host, port) = address.rsplit_once(':').ok_or_else(|| problem("is not HOST:PORT"))?;
+    let port: u16 = port.parse().map_err(|_| problem("has no port number"))?;
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let is_host = match bracketed {
+        Some(host) => host.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => {
+            host.parse::<std::net::Ipv4Addr>().is_ok()
+                || mesh_ca::DnsName::parse(&host.to_ascii_lowercase()).is_ok()
+        }
+    };
+    if !is_host || port == 0 {
+        return Err(problem("does not name a host and a port"));
+    }
+    Ok(())
+}
+
+fn config_error(key: &'static str, problem: impl ToString) -> StartupError {
+    StartupError::Config { key, problem: problem.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advertised_addresses_have_a_host_and_a_port() {
+        for good in ["ctl.example:7443", "192.0.2.1:7443", "[2001:db8::1]:7443", "localhost:1"] {
+            assert!(check_advertised(good).is_ok(), "{good}");
+        }
+        for bad in ["ctl.example", "ctl.example:0", ":7443", "2001:db8::1:7443", "a b:1", "x:99999", "-:1"] {
+            assert!(check_advertised(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Preparing certificates around the writer: in parallel, on a bounded blocking pool.
+//!
+//! The order never changes: verify the CSR's own signature, build the template from the profile,
+//! check the template, draw the serial, sign, read back and lint; then the caller has the writer
+//! decide and record. A certificate leaves the process only after that.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_ca::{Csr, CsrError, LeafKey, RequestedNames, SubjectKey, VerifiedCsr};
+use mesh_core::CertificateRecord;
+use mesh_proto::v1::ErrorCode;
+use mesh_runtime::SharedClock;
+use tokio::sync::Semaphore;
+
+use crate::authority::{Authority, IssueProblem, LeafRequest, draw_serial};
+use crate::limits::{CSR_BYTES_MAX, PREPARATIONS_MAX};
+use crate::status::Problem;
+
+/// Verifies CSRs and signs leaves; no more than [`PREPARATIONS_MAX`] at a time.
+#[derive(Debug, Clone)]
+pub(crate) struct Issuing {
+    authority: Arc<Authority>,
+    clock: SharedClock,
+    permits: Arc<Semaphore>,
+}
+
+impl Issuing {
+    pub(crate) fn new(authority: Arc<Authority>, clock: SharedClock) -> Self {
+        Self { authority, clock, permits: Arc::new(Semaphore::new(PREPARATIONS_MAX)) }
+    }
+
+    pub(crate) fn authority(&self) -> &Arc<Authority> {
+        &self.authority
+    }
+
+    /// Parses a CSR and checks that its maker holds the key.
+    pub(crate) async fn verify(&self, csr: Bytes) -> Result<Arc<VerifiedCsr>, Problem> {
+        if csr.len() > CSR_BYTES_MAX {
+            return Err(Problem::too_large("CSR", CSR_BYTES_MAX));
+        }
+        let authority = Arc::clone(&self.authority);
+        self.on_pool(move || {
+            let verified = Csr::parse(&csr)?.verify()?;
+            if authority.is_own_key(&verified.key_hash()) {
+                return Err(Problem::new(
+                    ErrorCode::KeyInUse,
+                    "the CSR's key belongs to a CA of this mesh",
+                    "make a new key and ask again",
+                ));
+            }
+            Ok(Arc::new(verified))
+        })
+        .await
+    }
+
+    /// Signs a leaf for a verified CSR. Nothing is recorded yet.
+    pub(crate) async fn sign(
+        &self,
+        request: LeafRequest,
+        csr: Arc<VerifiedCsr>,
+    ) -> Result<CertificateRecord, Problem> {
+        let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
+        self.on_pool(move || {
+            let key = SubjectKey::Csr(&csr);
+            authority.issue(&request, key, draw_serial(), now).map_err(Problem::from)
+        })
+        .await
+    }
+
+    /// Signs a leaf for a key of our own.
+    pub(crate) async fn sign_own(
+        &self,
+        request: LeafRequest,
+        key: Arc<LeafKey>,
+    ) -> Result<CertificateRecord, Problem> {
+        let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
+        self.on_pool(move || {
+            let key = SubjectKey::Own(&key);
+            authority.issue(&request, key, draw_serial(), now).map_err(Problem::from)
+        })
+        .await
+    }
+
+    /// Runs work that blocks, when a permit is free.
+    pub(crate) async fn on_pool<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let permit = Arc::clone(&self.permits)
+            .acquire_owned()
+            .await
+            .map_err(|_| Problem::overloaded("requests while shutting down"))?;
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        })
+        .await
+        .map_err(|error| Problem::internal_error("preparation failed", &error))?
+    }
+}
+
+/// Refuses a CSR that asks for a name it does not get. What it asks for is never a reason to give it.
+pub(crate) fn check_requested_names(
+    requested: &RequestedNames,
+    names: &[mesh_core::DnsName],
+    ips: &[IpAddr],
+    uri: Option<&str>,
+) -> Result<(), Problem> {
+    let foreign = |name: &str| {
+        let mut problem = Problem::new(
+            ErrorCode::CsrForeignName,
+            format!("the CSR asks for {name}, which this certificate does not get"),
+            "make a CSR without names: the controller fills them in",
+        );
+        problem.facts = names.iter().map(|name| format!("would be issued: {name}")).collect();
+        problem
+    };
+    let has = |name: &str| names.iter().any(|own| own.as_str() == name);
+    for name in &requested.dns {
+        if !has(name.as_str()) {
+            return Err(foreign(name.as_str()));
+        }
+    }
+    for ip in &requested.ips {
+        if !ips.contains(ip) {
+            return Err(foreign(&ip.to_string()));
+        }
+    }
+    for found in &requested.uris {
+        if uri != Some(found.as_str()) {
+            return Err(foreign(found));
+        }
+    }
+    match &requested.common_name {
+        Some(name) if !has(&name.to_ascii_lowercase()) && uri != Some(name.as_str()) => Err(foreign(name)),
+        _ => Ok(()),
+    }
+}
+
+impl From<CsrError> for Problem {
+    fn from(error: CsrError) -> Self {
+        let code = match &error {
+            CsrError::TooLarge(_) | CsrError::TooManyNames => ErrorCode::TooLarge,
+            CsrError::Signature => ErrorCode::CsrSignature,
+            CsrError::Key(_) | CsrError::SignatureAlgorithm => ErrorCode::KeyWeak,
+            CsrError::AsksForCa | CsrError::KeyUsage => ErrorCode::CsrNotALeaf,
+            CsrError::Name { source: mesh_ca::NameError::Wildcard, .. } => ErrorCode::NameWildcard,
+            CsrError::Name { .. } | CsrError::NameType | CsrError::Uri | CsrError::IpLength(_) => {
+                ErrorCode::CsrForeignName
+            }
+            _ => ErrorCode::CsrInvalid,
+        };
+        Self::new(
+            code,
+            mesh_runtime::chain(&error),
+            "make a new CSR with an ECDSA P-256 key and no extensions but names",
+        )
+    }
+}
+
+impl From<IssueProblem> for Problem {
+    fn from(error: IssueProblem) -> Self {
+        match &error {
+            IssueProblem::Name(source) => Self::new(
+                match source {
+                    mesh_ca::NameError::Wildcard => ErrorCode::NameWildcard,
+                    _ => ErrorCode::NameInvalid,
+                },
+                mesh_runtime::chain(&error),
+                "choose a plain host name below the mesh's domain",
+            ),
+            IssueProblem::Issue(mesh_ca::IssueError::Template(template)) => Self::new(
+                ErrorCode::CertificateInvalid,
+                mesh_runtime::chain(template),
+                "ask for a profile and names that fit each other",
+            ),
+            IssueProblem::Issue(mesh_ca::IssueError::IssuerEnds(at)) => Self::new(
+                ErrorCode::CertificateInvalid,
+                format!("the issuing CA ends at {at}"),
+                "renew the issuing CA",
+            ),
+            IssueProblem::Issue(other) => Self::internal_error("certificate was not issued", other),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Every bound this crate puts on what others send or make it keep.
+
+use std::time::Duration;
+
+/// Connections open at one time, all callers together.
+pub(crate) const CONNECTIONS_MAX: usize = 12_000;
+/// Connections open at one time from one address. A fleet behind one NAT stays below it.
+pub(crate) const CONNECTIONS_PER_ADDRESS_MAX: usize = 2_000;
+/// Time from accept to the end of the TLS handshake.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Age at which a connection is asked to go away; its streams may finish.
+pub(crate) const CONNECTION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long a connection that was asked to go may still finish what it is doing.
+pub(crate) const CONNECTION_GRACE: Duration = Duration::from_millis(400);
+/// HTTP/2 streams open at one time on one connection.
+pub(crate) const STREAMS_PER_CONNECTION_MAX: u32 = 64;
+/// HTTP/2 PING interval on idle connections.
+pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// How long an HTTP/2 PING may stay unanswered.
+pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Octets of all headers of one request.
+pub(crate) const HEADER_LIST_BYTES_MAX: u32 = 16 * 1024;
+/// Octets of one message of a caller; a CSR and its names fit many times.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 256 * 1024;
+/// Octets of one message of ours: a full map of a large mesh, all CRLs.
+pub(crate) const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Octets of a CSR in DER.
+pub(crate) const CSR_BYTES_MAX: usize = 16 * 1024;
+/// Names and addresses asked for in one certificate.
+pub(crate) const NAMES_PER_CERTIFICATE_MAX: usize = 32;
+/// Octets of a policy document.
+pub(crate) const POLICY_BYTES_MAX: usize = 128 * 1024;
+/// Tags given in one request.
+pub(crate) const TAGS_PER_REQUEST_MAX: usize = 32;
+/// Endpoints a node may report about itself.
+pub(crate) const ENDPOINTS_PER_NODE_MAX: usize = 16;
+/// Findings a node may report in one acknowledgement, and octets of each.
+pub(crate) const FINDINGS_PER_NODE_MAX: usize = 16;
+pub(crate) const FINDING_BYTES_MAX: usize = 256;
+/// CRLs a node may say it has.
+pub(crate) const CRLS_PER_MESSAGE_MAX: usize = 64;
+/// Octets of a version or backend text of a node.
+pub(crate) const VERSION_BYTES_MAX: usize = 64;
+/// Entries in one page of a listing.
+pub(crate) const PAGE_SIZE_MAX: usize = 1_000;
+
+/// Uses of one token.
+pub(crate) const TOKEN_USES_MAX: u32 = 10_000;
+/// Life of a token when none is asked for, and at most.
+pub(crate) const TOKEN_TTL: Duration = Duration::from_secs(3600);
+pub(crate) const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Shortest certificate that may be asked for.
+pub(crate) const CERTIFICATE_TTL_MIN: Duration = Duration::from_secs(60);
+/// Wrong secrets from one source address within [`WRONG_SECRET_WINDOW`].
+pub(crate) const WRONG_SECRETS_MAX: u32 = 20;
+pub(crate) const WRONG_SECRET_WINDOW: Duration = Duration::from_secs(60);
+/// Source addresses remembered for wrong secrets.
+pub(crate) const WRONG_SECRET_SOURCES_MAX: usize = 10_000;
+
+/// Commands waiting for the writer.
+pub(crate) const WRITER_QUEUE_MAX: usize = 1_024;
+/// Commands in one frame.
+pub(crate) const FRAME_COMMANDS_MAX: usize = 256;
+/// How long the writer gathers more commands when several already wait.
+pub(crate) const GATHER_TIME: Duration = Duration::from_millis(1);
+/// Rounds of resolving a conflicting or unknown append before a command is given up.
+pub(crate) const APPEND_ROUNDS_MAX: u32 = 8;
+/// Certificates in preparation at one time.
+pub(crate) const PREPARATIONS_MAX: usize = 64;
+/// Records between two snapshots of World.
+pub(crate) const SNAPSHOT_EVERY_RECORDS: u64 = 4_096;
+
+/// Changes within this window travel as one message after the first.
+pub(crate) const COALESCE_WINDOW: Duration = Duration::from_millis(100);
+/// How long a new stream may take to say hello.
+pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Messages of one stream that wait for a slow reader; then it collapses to one from its cursor.
+pub(crate) const STREAM_QUEUE_MAX: usize = 2;
+/// Life of an endpoint that a node reported, unless it reports again or stays connected.
+pub(crate) const ENDPOINT_TTL: Duration = Duration::from_secs(10 * 60);
+/// Longest wait for receipts.
+pub(crate) const RECEIPTS_WAIT_MAX: Duration = Duration::from_secs(300);
+
+/// Age at which a CRL of an issuing CA is signed anew. It lives seven days.
+pub(crate) const CRL_RESIGN_AFTER: Duration = Duration::from_secs(12 * 3600);
+/// Remaining life at which the root's CRL is signed anew. It lives a year.
+pub(crate) const ROOT_CRL_RESIGN_BEFORE: Duration = Duration::from_secs(180 * 24 * 3600);

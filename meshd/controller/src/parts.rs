@@ -1,0 +1,45 @@
+//! What the services are made of: built once, shared by all.
+
+use std::sync::Arc;
+
+use mesh_runtime::SharedClock;
+
+use crate::archive::Archive;
+use crate::certify::Certifier;
+use crate::config::Unlock;
+use crate::denials::Denials;
+use crate::directory::Directory;
+use crate::enroll::Enroller;
+use crate::history::History;
+use crate::issuer::Issuing;
+use crate::presence::Presence;
+use crate::publish::Publisher;
+use crate::renew::Renewer;
+use crate::revoke::Revoker;
+use crate::sync::SyncHub;
+use crate::token::TokenFacts;
+use crate::writer::Writer;
+
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) writer: Writer,
+    pub(crate) issuing: Issuing,
+    pub(crate) archive: Archive,
+    pub(crate) history: History,
+    pub(crate) presence: Arc<Presence>,
+    pub(crate) publisher: Arc<Publisher>,
+    pub(crate) denials: Denials,
+    pub(crate) clock: SharedClock,
+
+    pub(crate) enroller: Enroller,
+    pub(crate) renewer: Renewer,
+    pub(crate) certifier: Certifier,
+    pub(crate) revoker: Revoker,
+    pub(crate) sync: SyncHub,
+
+    /// What every new token says.
+    pub(crate) token_facts: TokenFacts,
+    pub(crate) controller_name: String,
+    pub(crate) unlock: Unlock,
+}

@@ -1,0 +1,314 @@
+//! Live facts about nodes: who is connected, what they have, where they are. Nothing of this is in
+//! the journal; a restart forgets it and the nodes tell it again.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use mesh_core::{NodeId, UtcTime};
+use mesh_proto::v1 as pb;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::limits::ENDPOINT_TTL;
+
+/// What the controller knows about a node at this moment.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct NodePresence {
+    pub(crate) connected: bool,
+    pub(crate) last_seen: Option<UtcTime>,
+    pub(crate) version: String,
+    pub(crate) backend: String,
+    pub(crate) acknowledged_seq: u64,
+    /// By issuer key id and shard: the number of the CRL that is on the node's disk.
+    pub(crate) crls: BTreeMap<(Vec<u8>, u32), u64>,
+    pub(crate) findings: Vec<String>,
+    pub(crate) clock_offset_secs: i64,
+    pub(crate) endpoints: Vec<pb::Endpoint>,
+    /// Rises whenever `endpoints` changes; drawn from one counter of all nodes.
+    pub(crate) endpoints_version: u64,
+    endpoints_at: Option<Instant>,
+    session: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    nodes: BTreeMap<NodeId, NodePresence>,
+    closers: BTreeMap<NodeId, CancellationToken>,
+    next_session: u64,
+    next_version: u64,
+}
+
+/// All of it, shared.
+#[derive(Debug)]
+pub(crate) struct Presence {
+    inner: Mutex<Inner>,
+    /// Changes when anything that a receipt waits for may have changed.
+    acks: watch::Sender<u64>,
+    /// The newest endpoints version.
+    hints: watch::Sender<u64>,
+}
+
+/// One node's stream, for as long as it lives. Dropping it marks the node as gone, unless a newer
+/// stream has taken its place.
+#[derive(Debug)]
+pub(crate) struct Session<'a> {
+    presence: &'a Presence,
+    node: NodeId,
+    number: u64,
+    pub(crate) replaced: CancellationToken,
+}
+
+/// What a node says about itself in its hello.
+#[derive(Debug)]
+pub(crate) struct Greeting {
+    pub(crate) version: String,
+    pub(crate) backend: String,
+    pub(crate) clock_offset_secs: i64,
+    pub(crate) crls: Vec<pb::CrlHave>,
+    pub(crate) endpoints: Vec<pb::Endpoint>,
+    /// The record of the map it came back with, which it has on disk and in effect; 0 without one.
+    pub(crate) holds_seq: u64,
+}
+
+impl Presence {
+    pub(crate) fn new() -> Self {
+        Self { inner: Mutex::default(), acks: watch::Sender::new(0), hints: watch::Sender::new(0) }
+    }
+
+    /// Takes up a node's new stream. An older stream of the same node is told to end.
+    pub(crate) fn connect(
+        &self,
+        node: NodeId,
+        greeting: Greeting,
+        (now, at): (Instant, UtcTime),
+    ) -> Session<'_> {
+        let replaced = CancellationToken::new();
+        let number = {
+            let mut inner = self.lock();
+            inner.next_session += 1;
+            let number = inner.next_session;
+            if let Some(older) = inner.closers.insert(node, replaced.clone()) {
+                tracing::warn!(%node, "a second stream of one node: the older one ends");
+                older.cancel();
+            }
+            let entry = inner.nodes.entry(node).or_default();
+            entry.connected = true;
+            entry.last_seen = Some(at);
+            entry.version = greeting.version;
+            entry.backend = greeting.backend;
+            entry.clock_offset_secs = greeting.clock_offset_secs;
+            entry.session = number;
+            entry.acknowledged_seq = entry.acknowledged_seq.max(greeting.holds_seq);
+            entry.note_crls(&greeting.crls);
+            number
+        };
+        self.report_endpoints(node, greeting.endpoints, now);
+        self.acks.send_modify(|version| *version += 1);
+        Session { presence: self, node, number, replaced }
+    }
+
+    /// What is known about `node`; defaults if nothing is.
+    pub(crate) fn of(&self, node: NodeId) -> NodePresence {
+        self.lock().nodes.get(&node).cloned().unwrap_or_default()
+    }
+
+    /// Forgets a node that will not come back.
+    pub(crate) fn forget(&self, node: NodeId) {
+        let mut inner = self.lock();
+        inner.nodes.remove(&node);
+        if let Some(closer) = inner.closers.remove(&node) {
+            closer.cancel();
+        }
+    }
+
+    /// Endpoints of every node that changed after version `since` and still live, oldest change first.
+    pub(crate) fn endpoints_since(&self, since: u64, now: Instant) -> Vec<(NodeId, u64, Vec<pb::Endpoint>)> {
+        let inner = self.lock();
+        let live = |n: &NodePresence| {
+            n.connected || n.endpoints_at.is_some_and(|at| now.saturating_duration_since(at) < ENDPOINT_TTL)
+        };
+        inner
+            .nodes
+            .iter()
+            .filter(|(_, n)| n.endpoints_version > since && live(n))
+            .map(|(id, n)| (*id, n.endpoints_version, n.endpoints.clone()))
+            .collect()
+    }
+
+    /// Notes what a node reports about itself; the same list again changes nothing.
+    pub(crate) fn report_endpoints(&self, node: NodeId, endpoints: Vec<pb::Endpoint>, now: Instant) {
+        let version = {
+            let mut inner = self.lock();
+            let next = inner.next_version + 1;
+            let Some(entry) = inner.nodes.get_mut(&node) else { return };
+            entry.endpoints_at = Some(now);
+            if entry.endpoints == endpoints {
+                return;
+            }
+            entry.endpoints = endpoints;
+            entry.endpoints_version = next;
+            inner.next_version = next;
+            next
+        };
+        self.hints.send_replace(version);
+    }
+
+    pub(crate) fn watch_acks(&self) -> watch::Receiver<u64> {
+        self.acks.subscribe()
+    }
+
+    pub(crate) fn watch_hints(&self) -> watch::Receiver<u64> {
+        self.hints.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl NodePresence {
+    fn note_crls(&mut self, crls: &[pb::CrlHave]) {
+        for crl in crls {
+            let number = self.crls.entry((crl.issuer_key_id.to_vec(), crl.shard)).or_default();
+            *number = (*number).max(crl.number);
+        }
+    }
+
+    /// Whether the node has this CRL or a newer one.
+    pub(crate) fn has_crl(&self, issuer: &[u8], shard: u32, number: u64) -> bool {
+        self.crls.get(&(issuer.to_vec(), shard)).is_some_and(|have| *have >= number)
+    }
+}
+
+impl Session<'_> {
+    /// Notes an acknowledgement: cumulative, so a smaller number than before says nothing.
+    pub(crate) fn acknowledge(&self, ack: &pb::sync_request::Ack, findings: Vec<String>, at: UtcTime) {
+        {
+            let mut inner = self.presence.lock();
+            let Some(entry) = inner.nodes.get_mut(&self.node) else { return };
+            if entry.session != self.number {
+                return;
+            }
+            entry.acknowledged_seq = entry.acknowledged_seq.max(ack.seq);
+            entry.note_crls(&ack.crls);
+            entry.findings = findings;
+            entry.last_seen = Some(at);
+        }
+        self.presence.acks.send_modify(|version| *version += 1);
+    }
+
+    /// Notes that the node is alive.
+    pub(crate) fn seen(&self, at: UtcTime) {
+        if let Some(entry) = self.presence.lock().nodes.get_mut(&self.node) {
+            entry.last_seen = Some(at);
+        }
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        {
+            let mut inner = self.presence.lock();
+            let current = inner.nodes.get(&self.node).is_some_and(|entry| entry.session == self.number);
+            if !current {
+                return;
+            }
+            inner.closers.remove(&self.node);
+            if let Some(entry) = inner.nodes.get_mut(&self.node) {
+                entry.connected = false;
+            }
+        }
+        self.presence.acks.send_modify(|version| *version += 1);
+    }
+}
+
+/// The address under which the controller sees a node, as a candidate for its peers: the source of
+/// its connection with the port that its WireGuard listens on.
+pub(crate) fn seen_endpoint(source: Option<IpAddr>, wireguard_port: u32) -> Option<pb::Endpoint> {
+    let port = u16::try_from(wireguard_port).ok().filter(|port| *port != 0)?;
+    let address = std::net::SocketAddr::new(source?.to_canonical(), port);
+    Some(pb::Endpoint { address: address.to_string(), source: pb::endpoint::Source::ControllerSaw as i32 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greeting() -> Greeting {
+        Greeting {
+            version: "0.1.0".into(),
+            backend: "userspace".into(),
+            clock_offset_secs: 0,
+            crls: vec![],
+            endpoints: vec![],
+            holds_seq: 0,
+        }
+    }
+
+    fn times() -> (Instant, UtcTime) {
+        (Instant::now(), UtcTime::from_unix(1_700_000_000))
+    }
+
+    #[test]
+    fn the_newest_stream_wins_and_the_end_of_the_older_one_changes_nothing() {
+        let presence = Presence::new();
+        let first = presence.connect(NodeId(1), greeting(), times());
+        let second = presence.connect(NodeId(1), greeting(), times());
+        assert!(first.replaced.is_cancelled());
+        assert!(!second.replaced.is_cancelled());
+        drop(first);
+        assert!(presence.of(NodeId(1)).connected);
+        drop(second);
+        assert!(!presence.of(NodeId(1)).connected);
+        assert!(presence.of(NodeId(1)).last_seen.is_some());
+    }
+
+    #[test]
+    fn acknowledgements_never_go_back() {
+        let presence = Presence::new();
+        let session = presence.connect(NodeId(1), greeting(), times());
+        let ack = |seq, number| pb::sync_request::Ack {
+            seq,
+            crls: vec![pb::CrlHave { issuer_key_id: vec![9].into(), shard: 0, number }],
+            findings: vec![],
+        };
+        session.acknowledge(&ack(7, 3), vec![], times().1);
+        session.acknowledge(&ack(5, 2), vec![], times().1);
+        let node = presence.of(NodeId(1));
+        assert_eq!(node.acknowledged_seq, 7);
+        assert!(node.has_crl(&[9], 0, 3));
+        assert!(!node.has_crl(&[9], 0, 4));
+        assert!(!node.has_crl(&[8], 0, 1));
+    }
+
+    #[test]
+    fn only_changed_endpoints_are_told_again() {
+        let presence = Presence::new();
+        let (now, at) = times();
+        let _a = presence.connect(NodeId(1), greeting(), (now, at));
+        let _b = presence.connect(NodeId(2), greeting(), (now, at));
+        let endpoint = |text: &str| vec![pb::Endpoint { address: text.into(), source: 1 }];
+        presence.report_endpoints(NodeId(1), endpoint("192.0.2.1:1"), now);
+        presence.report_endpoints(NodeId(2), endpoint("192.0.2.2:1"), now);
+        let all = presence.endpoints_since(0, now);
+        assert_eq!(all.len(), 2);
+        let newest = all.iter().map(|(_, version, _)| *version).max().unwrap();
+        presence.report_endpoints(NodeId(1), endpoint("192.0.2.1:1"), now);
+        assert!(presence.endpoints_since(newest, now).is_empty());
+        presence.report_endpoints(NodeId(1), endpoint("192.0.2.9:1"), now);
+        let changed = presence.endpoints_since(newest, now);
+        assert_eq!(changed.len(), 1);
+        assert_eq!(changed[0].0, NodeId(1));
+    }
+
+    #[test]
+    fn a_mapped_source_is_shown_as_ipv4() {
+        let source: IpAddr = "::ffff:192.0.2.7".parse().unwrap();
+        let endpoint = seen_endpoint(Some(source), 51820).unwrap();
+        assert_eq!(endpoint.address, "192.0.2.7:51820");
+        assert_eq!(seen_endpoint(Some(source), 0), None);
+        assert_eq!(seen_endpoint(None, 51820), None);
+    }
+}

@@ -1,0 +1,250 @@
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_ca::Profile;
+use mesh_core::world::CertificateState;
+use mesh_core::{DnsName, KeyHash, Reason, Refusal, Serial, UtcTime, Which};
+use mesh_proto::v1 as pb;
+use tonic::{Request, Response, Status};
+
+use crate::auth::Caller;
+use crate::certify::Order;
+use crate::limits::{NAMES_PER_CERTIFICATE_MAX, PAGE_SIZE_MAX};
+use crate::parts::Parts;
+use crate::revoke;
+use crate::service::messages::certificate_message;
+use crate::status::Problem;
+
+#[derive(Debug)]
+pub(crate) struct CertificatesService(pub(crate) Arc<Parts>);
+
+#[tonic::async_trait]
+impl pb::certificates_server::Certificates for CertificatesService {
+    async fn issue(&self, request: Request<pb::IssueRequest>) -> Result<Response<pb::IssueResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let order = order(caller, request.into_inner())?;
+        let issued = self.0.certifier.issue(order).await?;
+        let authority = self.0.issuing.authority();
+        let certificate = self
+            .0
+            .directory
+            .read(|world| world.certificate(&issued.serial).map(|known| certificate_message(world, known)));
+        Ok(Response::new(pb::IssueResponse {
+            leaf: issued.der.into(),
+            issuers: vec![authority.issuing_der().to_vec().into()],
+            roots: vec![authority.root_der().to_vec().into()],
+            crls: self.0.publisher.messages(),
+            certificate,
+        }))
+    }
+
+    async fn list(
+        &self,
+        request: Request<pb::ListCertificatesRequest>,
+    ) -> Result<Response<pb::ListCertificatesResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.list_certificates(&caller, request.into_inner()).await?))
+    }
+
+    async fn get(
+        &self,
+        request: Request<pb::GetCertificateRequest>,
+    ) -> Result<Response<pb::Certificate>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let serial = serial(&request.into_inner().serial)?;
+        Ok(Response::new(self.0.certificate(&caller, serial).await?))
+    }
+
+    async fn revoke(
+        &self,
+        request: Request<pb::RevokeCertificateRequest>,
+    ) -> Result<Response<pb::RevokeResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let request = request.into_inner();
+        let which = which(request.which)?;
+        let reason = reason(&request.reason)?;
+        let order = revoke::Order {
+            actor: super::actor(&caller)?,
+            operation: super::operation(&request.operation_id)?,
+            wait: super::seconds(request.wait_secs),
+        };
+        Ok(Response::new(self.0.revoker.certificates(order, which, reason).await?))
+    }
+
+    async fn crls(&self, _: Request<pb::Empty>) -> Result<Response<pb::CrlsResponse>, Status> {
+        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages() }))
+    }
+}
+
+impl Parts {
+    /// Live certificates by their end, soonest first; or, with ended ones, the history, latest first.
+    async fn list_certificates(
+        &self,
+        caller: &Caller,
+        request: pb::ListCertificatesRequest,
+    ) -> Result<pb::ListCertificatesResponse, Problem> {
+        let limit = match usize::try_from(request.page_size).unwrap_or(PAGE_SIZE_MAX) {
+            0 => PAGE_SIZE_MAX,
+            size => size.min(PAGE_SIZE_MAX),
+        };
+        let after = page_token(&request.page_token)?;
+        // A node sees its own only, and those are few enough to be in World.
+        if request.include_ended && !matches!(caller, Caller::Node { .. }) {
+            return self.list_history(request, after, limit).await;
+        }
+        let at = self.utc();
+        let within = super::seconds(request.expiring_within_secs);
+        self.directory.read(|world| {
+            let mut found: Vec<&CertificateState> = world
+                .certificates()
+                .filter(|c| request.include_ended || c.is_live(at))
+                .filter(|c| may_see(caller, c))
+                .filter(|c| within.is_zero() || c.not_after <= at + within)
+                .collect();
+            found.sort_by_key(|c| (c.not_after, c.serial));
+            let position =
+                |c: &CertificateState| [&c.not_after.unix().to_be_bytes()[..], &c.serial.0].concat();
+            let certificates: Vec<(Vec<u8>, pb::Certificate)> = found
+                .into_iter()
+                .filter(|c| after.as_ref().is_none_or(|after| position(c) > *after))
+                .map(|c| (position(c), certificate_message(world, c)))
+                .filter(|(_, c)| request.node.is_empty() || c.owner == request.node)
+                .take(limit)
+                .collect();
+            let next = certificates.last().filter(|_| certificates.len() == limit);
+            let next_page_token = next.map(|(key, _)| hex::encode(key)).unwrap_or_default();
+            let certificates = certificates.into_iter().map(|(_, c)| c).collect();
+            Ok(pb::ListCertificatesResponse { certificates, next_page_token })
+        })
+    }
+
+    async fn list_history(
+        &self,
+        request: pb::ListCertificatesRequest,
+        after: Option<Vec<u8>>,
+        limit: usize,
+    ) -> Result<pb::ListCertificatesResponse, Problem> {
+        let history = self.history.clone();
+        let mut page = self.issuing.on_pool(move || history.certificates(after, limit)).await?;
+        let at = self.utc();
+        let within = super::seconds(request.expiring_within_secs);
+        // What World still knows, it knows better: names of owners, and revocations of this second.
+        self.directory.read(|world| {
+            for certificate in &mut page.certificates {
+                let known = Serial::try_from(&*certificate.serial).ok();
+                if let Some(known) = known.and_then(|serial| world.certificate(&serial)) {
+                    *certificate = certificate_message(world, known);
+                }
+            }
+        });
+        page.certificates.retain(|c| {
+            (request.node.is_empty() || c.owner == request.node)
+                && (within.is_zero() || UtcTime::from_unix(c.not_after) <= at + within)
+        });
+        Ok(pb::ListCertificatesResponse {
+            certificates: page.certificates,
+            next_page_token: page.next.map(hex::encode).unwrap_or_default(),
+        })
+    }
+
+    async fn certificate(&self, caller: &Caller, serial: Serial) -> Result<pb::Certificate, Problem> {
+        let not_found = || Problem::certificate_not_found(&serial.to_string());
+        let known = self.directory.read(|world| {
+            let known = world.certificate(&serial)?;
+            may_see(caller, known).then(|| (known.issued_seq, certificate_message(world, known)))
+        });
+        let (archive, history) = (self.archive.clone(), self.history.clone());
+        let is_node = matches!(caller, Caller::Node { .. });
+        let (seq, message) = match known {
+            Some((seq, message)) => (Some(seq), Some(message)),
+            None if is_node => return Err(not_found()),
+            None => (self.issuing.on_pool(move || history.issued_seq(&serial)).await?, None),
+        };
+        let seq = seq.ok_or_else(not_found)?;
+        let issued = self.issuing.on_pool(move || archive.certificate(seq, &serial)).await?;
+        let issued = issued.ok_or_else(not_found)?;
+        let domain = self.issuing.authority().domain().to_string();
+        let message = message.unwrap_or_else(|| crate::service::messages::issued_message(&domain, &issued));
+        Ok(pb::Certificate { leaf: issued.der.into(), ..message })
+    }
+}
+
+/// Operators see all; a node sees its own and its services'.
+fn may_see(caller: &Caller, certificate: &CertificateState) -> bool {
+    match caller {
+        Caller::Node { id, .. } => certificate.owner.node() == Some(*id),
+        _ => true,
+    }
+}
+
+fn order(caller: Caller, request: pb::IssueRequest) -> Result<Order, Problem> {
+    if request.names.len() > NAMES_PER_CERTIFICATE_MAX {
+        return Err(Problem::too_large("list of names", NAMES_PER_CERTIFICATE_MAX));
+    }
+    let Some(pair_name) = request.names.first().map(|name| name.to_ascii_lowercase()) else {
+        return Err(Problem::usage("a certificate needs a name"));
+    };
+    let (names, ips) = split_names(&request.names)?;
+    Ok(Order {
+        caller,
+        csr: request.csr,
+        names,
+        ips,
+        pair_name,
+        profile: profile(&request.profile)?,
+        lifetime: Duration::from_secs(request.ttl_secs.into()),
+        operation: super::operation(&request.operation_id)?,
+        restart: request.restart,
+    })
+}
+
+fn split_names(texts: &[String]) -> Result<(Vec<DnsName>, Vec<IpAddr>), Problem> {
+    let (mut names, mut ips) = (Vec::new(), Vec::new());
+    for text in texts {
+        match text.parse::<IpAddr>() {
+            Ok(ip) => ips.push(ip.to_canonical()),
+            Err(_) => names.push(DnsName::try_from(text.as_str()).map_err(|source| {
+                Problem::from(Refusal::NameInvalid { name: mesh_core::change::escape(text), source })
+            })?),
+        }
+    }
+    Ok((names, ips))
+}
+
+/// Only what a service may have; the others are made with an identity.
+fn profile(text: &str) -> Result<Profile, Problem> {
+    match text {
+        "" | "server" => Ok(Profile::Server),
+        "client" => Ok(Profile::Client),
+        "peer" => Ok(Profile::Peer),
+        _ => Err(Problem::usage("the profile must be server, client or peer")),
+    }
+}
+
+fn which(which: Option<pb::revoke_certificate_request::Which>) -> Result<Which, Problem> {
+    use pb::revoke_certificate_request::Which as Asked;
+    match which {
+        Some(Asked::Serial(bytes)) => Ok(Which::Serial(serial(&bytes)?)),
+        Some(Asked::Name(name)) if name.len() <= mesh_core::limits::NAME_CHARS_MAX => Ok(Which::Name(name)),
+        Some(Asked::KeyHash(bytes)) => {
+            KeyHash::try_from(&*bytes).map(Which::KeyHash).map_err(|error| Problem::usage(error.to_string()))
+        }
+        _ => Err(Problem::usage("say which certificate: by serial, name or key")),
+    }
+}
+
+pub(crate) fn reason(text: &str) -> Result<Reason, Problem> {
+    text.parse::<Reason>().map_err(|error| Problem::usage(error.to_string()))
+}
+
+fn serial(bytes: &[u8]) -> Result<Serial, Problem> {
+    Serial::try_from(bytes).map_err(|error| Problem::usage(error.to_string()))
+}
+
+fn page_token(text: &str) -> Result<Option<Vec<u8>>, Problem> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    hex::decode(text).map(Some).map_err(|_| Problem::usage("the page token is not one of ours"))
+}

@@ -1,0 +1,128 @@
+use std::sync::Arc;
+
+use mesh_core::UtcTime;
+use mesh_proto::v1 as pb;
+use tonic::{Request, Response, Status};
+
+use crate::authority::CaRole;
+use crate::config::Unlock;
+use crate::parts::Parts;
+
+/// A node's clock that differs by more than this is a finding.
+const CLOCK_OFFSET_FINDING_SECS: u64 = 60;
+/// A CA that ends sooner than this is a finding: 60 days.
+const CA_ENDS_SOON: std::time::Duration = std::time::Duration::from_secs(60 * 24 * 3600);
+
+#[derive(Debug)]
+pub(crate) struct FleetService(pub(crate) Arc<Parts>);
+
+#[tonic::async_trait]
+impl pb::fleet_server::Fleet for FleetService {
+    async fn status(&self, _: Request<pb::Empty>) -> Result<Response<pb::FleetStatus>, Status> {
+        Ok(Response::new(self.0.fleet_status()))
+    }
+}
+
+impl Parts {
+    fn fleet_status(&self) -> pb::FleetStatus {
+        let (now, nodes) = (self.utc(), self.nodes());
+        let authority = self.issuing.authority();
+        let issuer = authority.issuer_key_id(CaRole::Issuing);
+        let findings = self.findings(&nodes, now);
+        // Nodes that are healthy now: those that are already expired do not shorten what the others have.
+        let survives_until = nodes
+            .iter()
+            .filter(|node| matches!(node.state.as_str(), "ok" | "late" | "offline"))
+            .map(|node| node.not_after)
+            .min()
+            .unwrap_or(0);
+        self.directory.read(|world| {
+            let crl = world.crl(&issuer, 0);
+            pb::FleetStatus {
+                fleet: world.fleet().unwrap_or_default().to_owned(),
+                trust_domain: authority.domain().to_string(),
+                root_not_after: UtcTime::from(authority.root_not_after()).unix(),
+                issuing_not_after: UtcTime::from(authority.issuing_not_after()).unix(),
+                crl_number: crl.map_or(0, |crl| crl.number),
+                crl_this_update: crl.map_or(0, |crl| crl.this_update.unix()),
+                survives_until,
+                nodes,
+                findings,
+                controller: self.controller_name.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                head_seq: world.head_seq(),
+                controller_time: now.unix(),
+            }
+        })
+    }
+
+    fn findings(&self, nodes: &[pb::Node], now: UtcTime) -> Vec<pb::Finding> {
+        let mut findings = Vec::new();
+        if self.unlock == Unlock::None {
+            findings.push(finding(
+                &self.controller_name,
+                "the CA's keys are not sealed: whoever reads the disk is the CA",
+                "make a new mesh with --unlock passphrase when this one matters",
+            ));
+        }
+        if self.directory.read(|world| world.clock_held()) {
+            findings.push(finding(
+                &self.controller_name,
+                "the clock jumped; time-dependent changes wait",
+                "check the controller's clock, then confirm it",
+            ));
+        }
+        let ca_ends = UtcTime::from(self.issuing.authority().issuing_not_after());
+        if ca_ends.since(now) < CA_ENDS_SOON {
+            findings.push(finding(
+                &self.controller_name,
+                &format!("the issuing CA ends at {ca_ends}"),
+                "renew the issuing CA",
+            ));
+        }
+        for node in nodes {
+            self.node_findings(node, &mut findings);
+        }
+        findings
+    }
+
+    fn node_findings(&self, node: &pb::Node, findings: &mut Vec<pb::Finding>) {
+        let on_node = format!("on {}: meshctl doctor", node.name);
+        match node.state.as_str() {
+            "late" => findings.push(finding(&node.name, "certificate renews late", &on_node)),
+            "expired" => findings.push(finding(
+                &node.name,
+                "certificate has expired",
+                "start meshd on the node: it resumes by itself within 30 days",
+            )),
+            "pending" => findings.push(finding(
+                &node.name,
+                "waits for approval",
+                &format!("meshctl node approve {}", node.name),
+            )),
+            _ => {}
+        }
+        for own in &node.findings {
+            findings.push(finding(&node.name, own, &on_node));
+        }
+        let presence = self.presence.of(mesh_core::NodeId(node.id));
+        let offset = presence.clock_offset_secs;
+        if presence.connected && offset.unsigned_abs() > CLOCK_OFFSET_FINDING_SECS {
+            let direction = if offset > 0 { "ahead" } else { "behind" };
+            findings.push(finding(
+                &node.name,
+                &format!("clock is {} s {direction}", offset.unsigned_abs()),
+                "set the node's clock, e.g. by NTP",
+            ));
+        }
+    }
+}
+
+fn finding(subject: &str, what: &str, next: &str) -> pb::Finding {
+    pb::Finding {
+        subject: subject.to_owned(),
+        what: what.to_owned(),
+        next: next.to_owned(),
+        severity: "warn".to_owned(),
+    }
+}

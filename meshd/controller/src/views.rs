@@ -1,0 +1,149 @@
+//! World as nodes receive it: full maps, deltas and hints, all made from the one view in `core`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use mesh_core::policy::Subject;
+use mesh_core::world::NodeState;
+use mesh_core::{NodeId, Own, PeerView, World};
+use mesh_proto::v1 as pb;
+use mesh_store::Head;
+
+use crate::authority::Authority;
+use crate::directory::Directory;
+use crate::failpoint::Failpoint;
+use crate::publish::Publisher;
+
+/// How a node stands to be told about the roster.
+#[derive(Debug)]
+pub(crate) enum Roster {
+    /// Replaces all it knew.
+    Full(pb::Full),
+    /// What changed, and which peers are new or changed.
+    Delta(pb::Delta, BTreeSet<NodeId>),
+    /// Nothing that this node may see changed, up to this record.
+    Unchanged,
+    /// The node is no member any more.
+    Gone,
+}
+
+/// Makes the messages of the sync stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Views {
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) publisher: Arc<Publisher>,
+    pub(crate) journal_id: [u8; 16],
+    pub(crate) incarnation: u32,
+}
+
+impl Views {
+    /// What `node` has to learn after record `since`, or everything; and the record it then stands at.
+    pub(crate) fn roster(
+        &self,
+        node: NodeId,
+        from: Option<&pb::Cursor>,
+        since: Option<u64>,
+    ) -> (Roster, u64) {
+        // Read before World, so that a CRL in the list is never newer than the cursor says.
+        let crls = self.publisher.haves();
+        self.directory.read_with_head(|world, head| {
+            let is_member = world.node(node).is_some_and(|n| n.state == NodeState::Active);
+            let roster = match since.and_then(|since| world.delta_for(node, since)) {
+                _ if !is_member => Roster::Gone,
+                Some(delta) if delta.is_empty() => Roster::Unchanged,
+                Some(delta) => {
+                    let changed = delta.upserts.keys().copied().collect();
+                    Roster::Delta(self.delta(world, head, from, delta, crls), changed)
+                }
+                None => self.full(world, head, node, crls).map_or(Roster::Gone, Roster::Full),
+            };
+            (roster, head.seq)
+        })
+    }
+
+    /// The cursor of `head`.
+    pub(crate) fn cursor(&self, head: Head) -> pb::Cursor {
+        pb::Cursor {
+            journal_id: self.journal_id.to_vec().into(),
+            incarnation: self.incarnation,
+            seq: head.seq,
+            hash8: head.hash[..8].to_vec().into(),
+        }
+    }
+
+    /// Which of `peers` the node may see.
+    pub(crate) fn visible(&self, node: NodeId, peers: impl Iterator<Item = NodeId>) -> BTreeSet<NodeId> {
+        self.directory.read(|world| {
+            let Some(own) = world.node(node).filter(|n| n.state == NodeState::Active) else {
+                return BTreeSet::new();
+            };
+            let rules = world.policy().about(Subject { name: &own.name, tags: &own.tags });
+            peers
+                .filter(|peer| *peer != node)
+                .filter_map(|peer| world.node(peer))
+                .filter(|peer| peer.state == NodeState::Active)
+                .filter(|peer| {
+                    let subject = || Subject { name: &peer.name, tags: &peer.tags };
+                    rules.inbound(subject()) || rules.outbound(subject())
+                })
+                .map(|peer| peer.id)
+                .collect()
+        })
+    }
+
+    fn full(&self, world: &World, head: Head, node: NodeId, crls: Vec<pb::CrlHave>) -> Option<pb::Full> {
+        let view = world.view_for(node)?;
+        Some(pb::Full {
+            cursor: Some(self.cursor(head)),
+            own: Some(own(&view.own)),
+            issuers: vec![self.authority.issuing_der().to_vec().into()],
+            peers: view.peers.iter().filter_map(|(id, view)| peer(world, *id, view)).collect(),
+            crls,
+        })
+    }
+
+    fn delta(
+        &self,
+        world: &World,
+        head: Head,
+        from: Option<&pb::Cursor>,
+        delta: mesh_core::Delta,
+        crls: Vec<pb::CrlHave>,
+    ) -> pb::Delta {
+        let removes = match Failpoint::PeerRemovalDisabled.is_set() {
+            true => Vec::new(),
+            false => delta.removes.iter().map(|id| id.0).collect(),
+        };
+        pb::Delta {
+            from: from.cloned(),
+            cursor: Some(self.cursor(head)),
+            own: None,
+            issuers: Vec::new(),
+            upserts: delta.upserts.iter().filter_map(|(id, view)| peer(world, *id, view)).collect(),
+            removes,
+            crls: if delta.crls { crls } else { Vec::new() },
+        }
+    }
+}
+
+fn peer(world: &World, id: NodeId, view: &PeerView) -> Option<pb::Peer> {
+    Some(pb::Peer {
+        node_id: id.0,
+        leaf: world.leaf(id)?.to_vec().into(),
+        inbound: view.inbound,
+        outbound: view.outbound,
+        tags: view.tags.iter().map(ToString::to_string).collect(),
+    })
+}
+
+fn own(own: &Own) -> pb::Own {
+    pb::Own {
+        tags: own.tags.iter().map(ToString::to_string).collect(),
+        granted_names: own.granted.iter().map(ToString::to_string).collect(),
+        stopped_names: own.stopped.iter().cloned().collect(),
+        reissue_names: own.reissue.iter().cloned().collect(),
+        policy_version: own.policy_version,
+        rotate_keys: own.rotate_keys,
+    }
+}
