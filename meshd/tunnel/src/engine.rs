@@ -35,9 +35,12 @@ use crate::tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tun
 use crate::udp::Udp;
 use crate::wake::Wake;
 
-/// Handshake messages per second before cookies are asked for, with few peers. With many it is half
-/// their number, so that a fleet may come back at once.
-const HANDSHAKES_PER_SECOND: u64 = 100;
+/// Handshake messages per second before cookies are asked for: with few peers, for each peer, and at most.
+/// A whole fleet may come back within a second (each peer sends one message and answers one); what a
+/// flood can take is one core, of the thread that answers handshakes.
+const HANDSHAKES_PER_SECOND_MIN: u64 = 100;
+const HANDSHAKES_PER_SECOND_PER_PEER: u64 = 2;
+const HANDSHAKES_PER_SECOND_MAX: u64 = 4096;
 /// First greetings of more peers than this spread over so much, per peer and at most.
 const GREETED_AT_ONCE: usize = 32;
 const GREETING_SPREAD_PER_PEER: Duration = Duration::from_micros(300);
@@ -86,7 +89,7 @@ impl Shared {
             || Ok::<_, std::io::Error>(ThreadState { wake: Wake::new()?, quiescence: Quiescence::default() });
         Ok(Self {
             registry: RwLock::new(Registry::new()),
-            identity: RwLock::new(Arc::new(Identity::new(private_key, HANDSHAKES_PER_SECOND))),
+            identity: RwLock::new(Arc::new(Identity::new(private_key, HANDSHAKES_PER_SECOND_MIN))),
             events: Arc::default(),
             counters: CounterCells::default(),
             outbound: thread()?,
@@ -250,8 +253,10 @@ impl Userspace {
     /// Lets the limiter grow with the number of peers. Outstanding cookies become void, which costs
     /// their holders one more round trip.
     fn grow_limit(&self, peers: usize) {
-        let (identity, wanted) = (self.shared.identity(), peers as u64 / 2);
+        let identity = self.shared.identity();
+        let wanted = (peers as u64 * HANDSHAKES_PER_SECOND_PER_PEER).min(HANDSHAKES_PER_SECOND_MAX);
         if wanted > identity.limit {
+            // Powers of two, so that it does not happen with every peer.
             self.shared.set_identity(Identity::new(identity.private.clone(), wanted.next_power_of_two()));
         }
     }

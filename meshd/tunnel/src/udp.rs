@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -137,6 +138,8 @@ fn bind_one(address: SocketAddr, fwmark: Option<u32>) -> Result<UdpSocket, Tunne
         .map_err(failed("open"))?;
     if address.is_ipv6() {
         socket.set_only_v6(true).map_err(failed("restrict to IPv6"))?;
+    } else {
+        allow_fragments(&socket).map_err(failed("allow fragments"))?;
     }
     if let Some(mark) = fwmark {
         socket.set_mark(mark).map_err(|source| match source.kind() {
@@ -157,6 +160,24 @@ fn bind_one(address: SocketAddr, fwmark: Option<u32>) -> Result<UdpSocket, Tunne
         _ => TunnelError::Socket { action: "bind a port", source },
     })?;
     Ok(socket.into())
+}
+
+/// Lets routers cut outer IPv4 packets, as the kernel's own WireGuard does: a path that swallows "packet
+/// too big" would otherwise swallow the tunnel. IPv6 has no such choice.
+fn allow_fragments(socket: &Socket) -> io::Result<()> {
+    let value = libc::IP_PMTUDISC_DONT;
+    // SAFETY: an open socket, and a pointer to an integer with its size, which is what this option takes.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// Beyond the system's limit where we may, up to it where not. Small buffers cost speed, nothing else.

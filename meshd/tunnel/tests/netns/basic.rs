@@ -36,7 +36,7 @@ netns_tests! {
             namespace.run(|| std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")).unwrap();
         }
         let open = |namespace: &Namespace, number: u8| {
-            let tunnel = namespace.run(|| crate::lab::open_as(crate::lab::key(number)));
+            let tunnel = namespace.run(|| crate::lab::open_as(crate::lab::key(number), mesh_tunnel::Offloads::ALL));
             namespace.ip(&format!("addr add 10.214.0.{number}/24 dev wg0"));
             tunnel
         };

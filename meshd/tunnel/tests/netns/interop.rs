@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use mesh_tunnel::{PeerConfig, PresharedKey, PublicKey, Tunnel, TunnelEvent};
+use mesh_tunnel::{Offloads, PeerConfig, PresharedKey, PublicKey, Tunnel, TunnelEvent};
 
 use crate::basic::tcp_transfer;
 use crate::lab::{Namespace, eventually, key, open_as, two_namespaces};
@@ -68,7 +68,7 @@ impl Drop for WireguardGo {
 }
 
 fn ours(namespace: &Namespace) -> Box<dyn Tunnel> {
-    let tunnel = namespace.run(|| open_as(key(1)));
+    let tunnel = namespace.run(|| open_as(key(1), Offloads::ALL));
     namespace.ip("addr add 10.214.0.1/24 dev wg0");
     namespace.ip("addr add fd14::1/64 dev wg0");
     tunnel

@@ -6,7 +6,9 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mesh_tunnel::{Events, PeerConfig, PeerStats, PrivateKey, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{
+    Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tunnel, TunnelConfig, TunnelEvent,
+};
 use nix::sched::{CloneFlags, setns};
 
 /// Longest wait for anything that ought to happen.
@@ -155,16 +157,16 @@ pub(crate) fn key(byte: u8) -> PrivateKey {
     PrivateKey::from_bytes([byte; 32])
 }
 
-pub(crate) fn open_as(private_key: PrivateKey) -> Box<dyn Tunnel> {
+pub(crate) fn open_as(private_key: PrivateKey, offloads: Offloads) -> Box<dyn Tunnel> {
     let config =
         TunnelConfig { interface: "wg0".into(), mtu: MTU, listen_port: 0, private_key, fwmark: None };
-    mesh_tunnel::open(config).unwrap()
+    mesh_tunnel::open_with(config, offloads).unwrap()
 }
 
 impl End {
-    fn new(namespace: Namespace, number: u8) -> Self {
+    pub(crate) fn new(namespace: Namespace, number: u8, offloads: Offloads) -> Self {
         let address = |text: String| -> IpAddr { text.parse().unwrap() };
-        let tunnel = namespace.run(|| open_as(key(number)));
+        let tunnel = namespace.run(|| open_as(key(number), offloads));
         let end = Self {
             events: tunnel.events(),
             tunnel,
@@ -219,7 +221,7 @@ impl End {
 /// Two ends on one veth pair that do not know each other yet.
 pub(crate) fn two_ends() -> (End, End) {
     let (a, b) = two_namespaces();
-    (End::new(a, 1), End::new(b, 2))
+    (End::new(a, 1, Offloads::ALL), End::new(b, 2, Offloads::ALL))
 }
 
 pub(crate) fn two_namespaces() -> (Namespace, Namespace) {
@@ -236,9 +238,14 @@ pub(crate) fn two_namespaces() -> (Namespace, Namespace) {
 /// Two ends that know each other; `a` knows where `b` is.
 pub(crate) fn two_peers() -> (End, End) {
     let (a, b) = two_ends();
-    b.tunnel.set_peer(a.as_peer(None)).unwrap();
-    a.tunnel.set_peer(b.as_peer(Some(b.endpoint4()))).unwrap();
+    introduce(&a, &b, b.endpoint4());
     (a, b)
+}
+
+/// Tells two ends of each other; `a` learns where `b` is.
+pub(crate) fn introduce(a: &End, b: &End, endpoint: SocketAddr) {
+    b.tunnel.set_peer(a.as_peer(None)).unwrap();
+    a.tunnel.set_peer(b.as_peer(Some(endpoint))).unwrap();
 }
 
 /// Two peers with a session in use.

@@ -10,4 +10,5 @@ mod basic;
 mod hostile;
 mod interop;
 mod lifecycle;
+mod paths;
 mod sessions;

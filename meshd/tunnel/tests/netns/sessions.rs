@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use boringtun::noise::{Tunn, TunnResult};
+use boringtun::x25519::StaticSecret;
 use mesh_tunnel::TunnelEvent;
 
 use crate::lab::{connected, echo, eventually, key};
@@ -138,4 +140,51 @@ netns_tests! {
         from.send_to(b"anybody there?", target).unwrap();
         assert_eq!(a.events.try_recv(), None);
     }
+
+    fn a_thousand_peers_may_come_at_once() {
+        let (hub, far) = crate::lab::two_ends();
+        let server = hub.key().0;
+        let secret = |n: u16| [[1, 2], n.to_le_bytes()].concat().into_iter().chain([7; 28]).collect::<Vec<u8>>();
+        let keys: Vec<[u8; 32]> = (0..CROWD).map(|n| secret(n).try_into().unwrap()).collect();
+        for (n, key) in keys.iter().enumerate() {
+            let [high, low] = (n as u16).to_be_bytes();
+            let address = std::net::IpAddr::from([10, 215, high, low]);
+            hub.tunnel.set_peer(mesh_tunnel::PeerConfig {
+                public_key: mesh_tunnel::PrivateKey::from_bytes(*key).public(),
+                preshared_key: None,
+                endpoint: None,
+                allowed_ips: vec![address.into()],
+                persistent_keepalive: None,
+            }).unwrap();
+        }
+        let mut crowd: Vec<Tunn> = (0..).zip(&keys).map(|(n, key)| {
+            Tunn::new(StaticSecret::from(*key), server.into(), None, None, n, None)
+        }).collect();
+        let socket = far.namespace.udp((far.outer4, 0).into());
+        let (start, mut out, mut buffer) = (std::time::Instant::now(), [0; 2048], [0; 2048]);
+        for tunn in &mut crowd {
+            let TunnResult::WriteToNetwork(hello) = tunn.format_handshake_initiation(&mut out, false) else {
+                panic!("no initiation");
+            };
+            socket.send_to(hello, hub.endpoint4()).unwrap();
+        }
+        // Each answer is answered by the client it is for; that proves the session to the hub.
+        for _ in 0..CROWD {
+            let (length, _) = socket.recv_from(&mut buffer).expect("an answer for each");
+            let receiver = u32::from_le_bytes(buffer[8..12].try_into().unwrap());
+            let client = &mut crowd[(receiver >> 8) as usize];
+            let TunnResult::WriteToNetwork(keepalive) = client.decapsulate(None, &buffer[..length], &mut out) else {
+                panic!("answer refused");
+            };
+            socket.send_to(keepalive, hub.endpoint4()).unwrap();
+        }
+        eventually("all are up", || {
+            hub.tunnel.peers().iter().all(|peer| peer.last_handshake.is_some()).then_some(())
+        });
+        println!("{CROWD} handshakes in {:?}", start.elapsed());
+        let counters = hub.tunnel.counters();
+        assert_eq!((counters.rx_under_load, counters.rx_handshakes_dropped), (0, 0));
+    }
 }
+
+const CROWD: u16 = 1000;
