@@ -1,0 +1,95 @@
+use std::fmt;
+
+/// Why the daemon ends: the same three facts, in the same form, as `meshctl` prints them.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Stable number, for example 412.
+    pub(crate) code: u16,
+    pub(crate) what: String,
+    pub(crate) facts: Vec<String>,
+    pub(crate) why: String,
+    pub(crate) next: String,
+    pub(crate) exit: u8,
+}
+
+impl Failure {
+    /// E0113: a setting that cannot be used.
+    pub(crate) fn config(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            code: 113,
+            what: what.into(),
+            facts: Vec::new(),
+            why: why.into(),
+            next: "correct it, then see all settings with `meshd controller config show --origin` (or `meshd node …`)"
+                .to_owned(),
+            exit: 2,
+        }
+    }
+
+    /// E0114: no passphrase, and nobody to ask for one.
+    pub(crate) fn passphrase(what: impl Into<String>, next: impl Into<String>) -> Self {
+        Self {
+            code: 114,
+            what: what.into(),
+            facts: Vec::new(),
+            why: "the CA's keys are sealed with a passphrase, and there is no terminal to ask on".to_owned(),
+            next: next.into(),
+            exit: 2,
+        }
+    }
+
+    /// E0900: the machine refused something that every program gets.
+    pub(crate) fn internal(what: impl Into<String>, source: &dyn std::error::Error) -> Self {
+        Self {
+            code: 900,
+            what: what.into(),
+            facts: Vec::new(),
+            why: source.to_string(),
+            next: "see the lines above; if they do not explain it, this is a bug".to_owned(),
+            exit: 1,
+        }
+    }
+}
+
+impl From<mesh_controller::StartupError> for Failure {
+    fn from(error: mesh_controller::StartupError) -> Self {
+        Self {
+            code: error.code() as u16,
+            what: error.to_string(),
+            facts: Vec::new(),
+            why: error.why(),
+            next: error.next(),
+            exit: error.exit(),
+        }
+    }
+}
+
+impl From<mesh_node::StartupError> for Failure {
+    fn from(error: mesh_node::StartupError) -> Self {
+        let (what, why) = match error.why.split_once(": ") {
+            Some((what, why)) => (what.to_owned(), why.to_owned()),
+            None => (error.why.clone(), String::new()),
+        };
+        Self {
+            code: error.code as u16,
+            what,
+            facts: error.facts,
+            why,
+            next: error.next,
+            exit: u8::try_from(error.exit).unwrap_or(1),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "error[E{:04}]: {}", self.code, self.what)?;
+        for fact in &self.facts {
+            writeln!(f, "  {fact}")?;
+        }
+        if !self.why.is_empty() {
+            writeln!(f, "  why: {}", self.why)?;
+        }
+        writeln!(f, "  do:  {}", self.next)
+    }
+}

@@ -1,0 +1,167 @@
+//! From a parsed command line to a running role.
+
+use std::{future::Future, path::PathBuf, sync::Arc};
+
+use mesh_runtime::ShutdownToken;
+
+use crate::{
+    cli::{self, Cli, ConfigVerb},
+    config::{ControllerSettings, LogFormat, NodeSettings, Settings, optional},
+    failure::Failure,
+    passphrase,
+};
+
+pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
+    // Whatever the caller's umask: what this process makes is its own.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    match cli.role {
+        cli::Role::Controller(cli::Controller::Init(init)) => controller_init(init),
+        cli::Role::Controller(cli::Controller::Run(flags)) => controller_run(&Settings::controller(&flags)?),
+        cli::Role::Controller(cli::Controller::Config { verb, run }) => {
+            let settings = Settings::controller(&run)?;
+            settings.parse::<ControllerSettings>()?;
+            show(verb, &settings);
+            Ok(())
+        }
+        cli::Role::Node(cli::Node::Run(flags)) => node_run(&Settings::node(&flags)?),
+        cli::Role::Node(cli::Node::Config { verb, run }) => {
+            let settings = Settings::node(&run)?;
+            settings.parse::<NodeSettings>()?;
+            show(verb, &settings);
+            Ok(())
+        }
+    }
+}
+
+fn show(verb: ConfigVerb, settings: &Settings) {
+    match verb {
+        ConfigVerb::Check => eprintln!("the settings are valid"),
+        ConfigVerb::Show { origin } => print!("{}", settings.show(origin)),
+    }
+}
+
+fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
+    let (unlock, passphrase) = sealing(&init)?;
+    let first_label = init.domain.split('.').next().unwrap_or_default().to_owned();
+    let config = mesh_controller::InitConfig {
+        state_dir: init.state_dir,
+        domain: init.domain,
+        name: init.name,
+        fleet: init.fleet.unwrap_or(first_label),
+        advertise: init.advertise,
+        ipv4_pool: init.ipv4_pool,
+        unlock,
+        passphrase,
+    };
+    let summary = mesh_controller::init(config, Arc::new(mesh_runtime::SystemClock))?;
+    let root: String = summary.root_spki_sha256.iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("mesh {} created in {}", summary.domain, summary.state_dir.display());
+    println!("  root key sha256:{root}, until {}", summary.root_not_after.date());
+    println!("  issuing CA until {}", summary.issuing_not_after.date());
+    println!("  policy: every enrolled node may reach every other; see `meshctl policy show`");
+    if summary.unlock == mesh_controller::Unlock::None {
+        eprintln!("warning: the CA's keys are not sealed; whoever reads this disk or its backup is the CA");
+    }
+    println!("next: meshd controller run --state-dir {}", summary.state_dir.display());
+    Ok(())
+}
+
+/// How the new keys shall be sealed; without a word from the caller, by whatever is there.
+fn sealing(
+    init: &cli::ControllerInit,
+) -> Result<(mesh_controller::Unlock, Option<mesh_controller::Passphrase>), Failure> {
+    use mesh_controller::Unlock;
+    let file = init.passphrase_file.as_deref();
+    match (init.unlock, file) {
+        (Some(cli::Unlock::None), _) => Ok((Unlock::None, None)),
+        (Some(cli::Unlock::File) | None, Some(file)) => {
+            Ok((Unlock::File, Some(passphrase::from_file(file)?)))
+        }
+        (Some(cli::Unlock::Passphrase), Some(file)) => {
+            Ok((Unlock::Passphrase, Some(passphrase::from_file(file)?)))
+        }
+        (Some(cli::Unlock::Credential), file) => {
+            let passphrase = match file {
+                Some(file) => Some(passphrase::from_file(file)?),
+                None => passphrase::from_credential()?,
+            };
+            let missing = || {
+                Failure::passphrase(
+                    "no credential was handed over",
+                    "run under systemd with LoadCredential=mesh-passphrase, or give --passphrase-file",
+                )
+            };
+            Ok((Unlock::Credential, Some(passphrase.ok_or_else(missing)?)))
+        }
+        (Some(cli::Unlock::File), None) => Err(Failure::passphrase(
+            "--unlock file needs --passphrase-file",
+            "name the file with --passphrase-file F",
+        )),
+        (Some(cli::Unlock::Passphrase) | None, None) if passphrase::can_ask() => {
+            Ok((Unlock::Passphrase, Some(passphrase::ask_new()?)))
+        }
+        (Some(cli::Unlock::Passphrase) | None, None) => Err(Failure::passphrase(
+            "no passphrase for the CA's keys",
+            "give --passphrase-file F, or --unlock credential, or --unlock none (then the keys lie on disk in clear)",
+        )),
+    }
+}
+
+fn controller_run(settings: &Settings) -> Result<(), Failure> {
+    let parsed: ControllerSettings = settings.parse()?;
+    let passphrase = match optional(&parsed.passphrase_file) {
+        Some(file) => Some(passphrase::from_file(&PathBuf::from(file))?),
+        None => passphrase::from_credential()?,
+    };
+    let config = mesh_controller::RunConfig {
+        state_dir: parsed.state_dir,
+        listen: parsed.listen,
+        socket: parsed.socket,
+        advertise: parsed.advertise,
+        passphrase,
+        announce: true,
+    };
+    let log = parsed.log_format;
+    match serve(log, |shutdown| mesh_controller::run(config.clone(), shutdown))? {
+        Err(mesh_controller::StartupError::PassphraseMissing) if passphrase::can_ask() => {
+            let config = mesh_controller::RunConfig { passphrase: Some(passphrase::ask()?), ..config };
+            Ok(serve(log, |shutdown| mesh_controller::run(config, shutdown))??)
+        }
+        ended => Ok(ended?),
+    }
+}
+
+fn node_run(settings: &Settings) -> Result<(), Failure> {
+    let parsed: NodeSettings = settings.parse()?;
+    let config = mesh_node::RunConfig {
+        state_dir: parsed.state_dir,
+        socket: parsed.socket,
+        interface: parsed.interface,
+        mtu: parsed.mtu,
+        wg_port: parsed.wg_port,
+        token_file: optional(&parsed.token_file).map(PathBuf::from),
+        name: optional(&parsed.name),
+        certs_dir: parsed.certs_dir,
+        endpoints: parsed.endpoints,
+    };
+    Ok(serve(parsed.log_format, |shutdown| mesh_node::run(config, shutdown))??)
+}
+
+/// Runs a role on a runtime of its own until it ends or a signal ends it.
+fn serve<F: Future>(log: LogFormat, role: impl FnOnce(ShutdownToken) -> F) -> Result<F::Output, Failure> {
+    mesh_runtime::init_telemetry(match log {
+        LogFormat::Text => mesh_runtime::LogFormat::Text,
+        LogFormat::Json => mesh_runtime::LogFormat::Json,
+    });
+    // Two workers serve thousands of streams; each further one costs memory on every server.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::internal("cannot start the runtime", &error))?;
+    runtime.block_on(async {
+        let shutdown = mesh_runtime::shutdown_on_signals()
+            .map_err(|error| Failure::internal("cannot listen for signals", &error))?;
+        Ok(role(shutdown).await)
+    })
+}
