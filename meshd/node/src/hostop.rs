@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use mesh_proto::v1::ErrorCode;
 use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
@@ -208,7 +208,10 @@ impl Host {
 
     async fn add_address(&self, interface: &str, address: IpNet) -> Result<(), HostError> {
         let index = self.index(interface).await?;
-        let request = self.netlink.address().add(index, address.addr(), address.prefix_len());
+        let mut request = self.netlink.address().add(index, address.addr(), address.prefix_len());
+        // Ours alone by the certificate. While the kernel still asked for duplicates it would refuse the
+        // address as a route's source.
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         outcome(request.execute().await, || format!("add address {address} to {interface}"), address)
     }
 
