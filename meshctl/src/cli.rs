@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::{
     app::{App, Watch},
@@ -19,18 +19,25 @@ use crate::{
 
 /// Enroll servers, see the mesh, issue and revoke certificates
 #[derive(Debug, Parser)]
-#[command(
-    name = "meshctl",
-    version,
-    after_help = EXIT_CODES,
-    disable_help_subcommand = true,
-    max_term_width = 110
-)]
+#[command(name = "meshctl", version, disable_help_subcommand = true, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) globals: Globals,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// Reads the process's command line.
+    pub(crate) fn read() -> Result<Self, clap::Error> {
+        let matches = with_exit_codes(Self::command()).try_get_matches()?;
+        Self::from_arg_matches(&matches)
+    }
+}
+
+/// Exit codes belong to the contract of every command, so every `--help` ends with them.
+fn with_exit_codes(command: clap::Command) -> clap::Command {
+    command.after_help(EXIT_CODES).mut_subcommands(with_exit_codes)
 }
 
 #[derive(Debug, Args)]
@@ -42,29 +49,14 @@ pub(crate) struct Globals {
     /// Socket of the local meshd node
     #[arg(long, global = true, env = "MESH_SOCKET", value_name = "PATH", hide_env_values = true)]
     socket: Option<PathBuf>,
-    /// How to show the answer
-    #[arg(
-        short,
-        long,
-        global = true,
-        value_enum,
-        default_value_t,
-        value_name = "FORMAT",
-        hide_possible_values = false
-    )]
+    /// How to show the answer: columns, more columns, one JSON document, or bare names
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
     output: Format,
     /// Longest wait for an answer, for instance 10s
     #[arg(long, global = true, env = "MESH_TIMEOUT", value_name = "TIME", hide_env_values = true)]
     timeout: Option<Span>,
     /// When to use colours; NO_COLOR turns them off as well
-    #[arg(
-        long,
-        global = true,
-        value_enum,
-        default_value_t,
-        value_name = "WHEN",
-        hide_possible_values = false
-    )]
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
     color: Color,
     /// Do not ask before what cannot be undone
     #[arg(long, short = 'y', global = true)]
@@ -147,8 +139,6 @@ pub(crate) struct List {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -182,8 +172,11 @@ mod tests {
 
     #[test]
     fn every_help_ends_with_the_exit_codes() {
-        let mut command = Cli::command();
-        let help = command.render_help().to_string();
-        assert!(help.contains("7  conflict"), "{help}");
+        fn check(command: &mut clap::Command) {
+            let help = command.render_help().to_string();
+            assert!(help.contains("7  conflict"), "{help}");
+            command.get_subcommands_mut().for_each(check);
+        }
+        check(&mut with_exit_codes(Cli::command()));
     }
 }

@@ -146,11 +146,13 @@ impl Places {
 
     async fn unix(&self, path: &Path, of: &str) -> Result<Channel> {
         let path = path.to_owned();
+        let socket = format!("socket {}", path.display());
         let connect = tower::service_fn(move |_: http::Uri| {
             let path = path.clone();
             async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
         });
-        self.endpoint().connect_with_connector(connect).await.map_err(|error| cannot_connect(&error, of))
+        let connected = self.endpoint().connect_with_connector(connect).await;
+        connected.map_err(|error| cannot_connect(&error, of).fact(socket))
     }
 
     async fn tls(&self, addresses: &[String], context: &Context) -> Result<Channel> {

@@ -13,14 +13,11 @@ pub(crate) const API_VERSION: &str = "mesh/v1";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Format {
-    /// Aligned columns, for people
+    // No help text of their own: they would triple the length of every --help.
     #[default]
     Table,
-    /// As table, with more columns and nothing shortened
     Wide,
-    /// One JSON document
     Json,
-    /// Names only, one a line
     Name,
 }
 
