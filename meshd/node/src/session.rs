@@ -5,6 +5,7 @@ use std::sync::Arc;
 use mesh_proto::v1::ErrorCode;
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::certs::{self, Manager, PairsHandle};
 use crate::failure::Failure;
 use crate::identity::Identities;
 use crate::network::{NetworkHandle, Setup, Worker};
@@ -16,6 +17,7 @@ pub(crate) struct Session {
     pub(crate) identities: Arc<Identities>,
     pub(crate) network: NetworkHandle,
     pub(crate) uplink: UplinkHandle,
+    pub(crate) pairs: PairsHandle,
 }
 
 /// The tasks behind a [`Session`].
@@ -43,19 +45,32 @@ impl Running {
             active: identities.active(),
         };
         let (network, worker) = Worker::start(setup).await?;
+        let (pairs, pairs_inbox) = certs::wire();
         let (uplink, uplink_task) = Uplink::new(
             node.state.clone(),
             node.clock.clone(),
             node.findings.clone(),
             identities.clone(),
             network.clone(),
+            pairs.clone(),
         );
+        let manager = Manager {
+            state: node.state.clone(),
+            clock: node.clock.clone(),
+            findings: node.findings.clone(),
+            identities: identities.clone(),
+            network: network.clone(),
+            uplink: uplink.clone(),
+            certs_dir: config.certs_dir.clone(),
+            inbox: pairs_inbox,
+        };
         let mut others = JoinSet::new();
         let network_task = tokio::spawn(worker.run());
         others.spawn(uplink_task.run());
         others.spawn(identities.clone().keep_renewed(uplink.channel.clone(), network.own.clone()));
         others.spawn(follow_identity(identities.clone(), network.clone()));
-        let session = Arc::new(Session { identities, network, uplink });
+        others.spawn(manager.run());
+        let session = Arc::new(Session { identities, network, uplink, pairs });
         Ok(Self { session, network: network_task, others })
     }
 
@@ -83,6 +98,9 @@ impl Running {
 
     /// Ends all tasks. With `forget` the host is left as it was before enrollment.
     pub(crate) async fn stop(mut self, forget: bool) {
+        if forget {
+            self.session.pairs.forget().await;
+        }
         self.others.shutdown().await;
         self.session.network.stop(forget).await;
         if let Err(error) = self.network.await {

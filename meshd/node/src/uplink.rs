@@ -14,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 use tonic::transport::Channel;
 
+use crate::certs::PairsHandle;
 use crate::clock::ControllerClock;
 use crate::connect::{ConnectError, Connected, connect, node_config};
 use crate::failure::Failure;
@@ -77,6 +78,7 @@ pub(crate) struct Uplink {
     findings: Findings,
     identities: Arc<Identities>,
     network: NetworkHandle,
+    pairs: PairsHandle,
     channel: watch::Sender<Option<Channel>>,
     status: Arc<Mutex<UplinkStatus>>,
     /// The next `Hello` asks for the whole map.
@@ -118,11 +120,23 @@ impl Uplink {
         findings: Findings,
         identities: Arc<Identities>,
         network: NetworkHandle,
+        pairs: PairsHandle,
     ) -> (UplinkHandle, Self) {
         let (channel, open) = watch::channel(None);
         let status = Arc::new(Mutex::new(UplinkStatus::default()));
         let handle = UplinkHandle { channel: open, status: status.clone() };
-        (handle, Self { state, clock, findings, identities, network, channel, status, ask_everything: false })
+        let uplink = Self {
+            state,
+            clock,
+            findings,
+            identities,
+            network,
+            pairs,
+            channel,
+            status,
+            ask_everything: false,
+        };
+        (handle, uplink)
     }
 
     /// Runs until it is dropped.
@@ -247,6 +261,11 @@ impl Uplink {
             false => knowledge.crls,
             true => {
                 self.fetch_crls(channel).await?;
+                // "Took effect" includes the services' folders; a slow disk delays the word, not the effect.
+                let written = tokio::time::timeout(CALL_TIMEOUT, self.pairs.write_crls()).await;
+                if !matches!(written, Ok(Ok(()))) {
+                    tracing::warn!("CRLs are not in all folders yet");
+                }
                 self.network.knowledge().await?.crls
             }
         };

@@ -8,9 +8,11 @@ use mesh_proto::v1::ErrorCode;
 use mesh_proto::v1::local_server::Local;
 use mesh_proto::v1::nodes_client::NodesClient;
 use tokio_stream::Stream;
+use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status};
 
 use super::{doctor, enroll, ping, status};
+use crate::certs::{Definition, Manager};
 use crate::failure::Failure;
 use crate::limits::CALL_TIMEOUT;
 use crate::run::Node;
@@ -91,24 +93,27 @@ impl Local for LocalService {
         &self,
         request: Request<pb::LocalIssueRequest>,
     ) -> Result<Response<pb::ManagedPair>, Status> {
-        let _ = (request, self.session()?);
-        Err(Status::unimplemented("pairs"))
+        let session = self.session()?;
+        let uid = caller_uid(&request).ok_or_else(|| Status::unauthenticated("no peer credentials"))?;
+        let own_certs = Manager::own_certs(&self.node.state);
+        let definition = Definition::from_request(request.into_inner(), uid, &own_certs)?;
+        Ok(Response::new(session.pairs.issue(definition).await?))
     }
 
     async fn renew_certificate(
         &self,
         request: Request<pb::LocalRenewRequest>,
     ) -> Result<Response<pb::ManagedPair>, Status> {
-        let _ = (request, self.session()?);
-        Err(Status::unimplemented("pairs"))
+        let name = request.into_inner().name;
+        Ok(Response::new(self.session()?.pairs.renew(name).await?))
     }
 
     async fn list_certificates(
         &self,
         _request: Request<pb::Empty>,
     ) -> Result<Response<pb::ManagedPairs>, Status> {
-        self.session()?;
-        Err(Status::unimplemented("pairs"))
+        let pairs = self.session()?.pairs.list().await.map_err(Failure::from)?;
+        Ok(Response::new(pb::ManagedPairs { pairs }))
     }
 
     async fn ping(&self, request: Request<pb::PingRequest>) -> Result<Response<Self::PingStream>, Status> {
@@ -119,4 +124,9 @@ impl Local for LocalService {
     async fn doctor(&self, _request: Request<pb::Empty>) -> Result<Response<pb::DoctorReport>, Status> {
         Ok(Response::new(doctor::doctor(&self.node).await?))
     }
+}
+
+/// Who is at the other end of the socket, as the kernel says.
+fn caller_uid<T>(request: &Request<T>) -> Option<u32> {
+    request.extensions().get::<UdsConnectInfo>()?.peer_cred.map(|peer| peer.uid())
 }

@@ -36,7 +36,7 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
         renews_at: active.renews_at.unix_timestamp(),
         peers: network.peers.iter().map(|peer| peer_status(peer, now)).collect(),
         findings: node.findings.list(),
-        pairs: Vec::new(),
+        pairs: session.pairs.list().await?,
         crl_number: network.crl_number,
         tags: network.tags,
         roster_seq: network.roster_seq,

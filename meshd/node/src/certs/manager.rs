@@ -1,0 +1,631 @@
+//! The task that owns the pairs. Slow things, issuing and hooks, run beside it and report back.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
+use mesh_runtime::Backoff;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::definition::{Definition, Origin};
+use super::folder::PairFolder;
+use super::hook::HookError;
+use super::issue::Issued;
+use super::record::{Material, Record, Records};
+use super::{Answer, Command, declared, hook, issue};
+use crate::clock::ControllerClock;
+use crate::failure::Failure;
+use crate::findings::{Findings, Severity};
+use crate::identity::Identities;
+use crate::limits::{HOOK_INTERVAL, HOOK_TIMEOUT, PAIRS_MAX, RETRY_FIRST, RETRY_LONGEST};
+use crate::network::NetworkHandle;
+use crate::state::StateDir;
+use crate::uplink::UplinkHandle;
+
+/// Clocks, declarations and retries are looked at this often.
+const TICK: Duration = Duration::from_secs(15);
+/// Pairs that are issued at the same moment.
+const ISSUES_AT_ONCE: usize = 8;
+
+/// What is true of a pair only while the process lives.
+struct Live {
+    waiters: Vec<Answer>,
+    issuing: bool,
+    hook_running: bool,
+    last_hook: Option<Instant>,
+    /// The hook is to run, not before this.
+    hook_due: Option<Instant>,
+    /// No question to the controller before this.
+    ask_after: Option<Instant>,
+    backoff: Backoff,
+    /// An operator asked for a new certificate now.
+    forced: bool,
+    problem: String,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Self {
+            waiters: Vec::new(),
+            issuing: false,
+            hook_running: false,
+            last_hook: None,
+            hook_due: None,
+            ask_after: None,
+            backoff: Backoff::new(RETRY_FIRST, RETRY_LONGEST),
+            forced: false,
+            problem: String::new(),
+        }
+    }
+}
+
+/// A slow thing that has ended.
+enum Done {
+    Issued { name: String, result: Result<Issued, Failure> },
+    Hooked { name: String, result: Result<(), HookError> },
+}
+
+/// Everything the pairs' task needs.
+pub(crate) struct Manager {
+    pub(crate) state: StateDir,
+    pub(crate) clock: ControllerClock,
+    pub(crate) findings: Findings,
+    pub(crate) identities: Arc<Identities>,
+    pub(crate) network: NetworkHandle,
+    pub(crate) uplink: UplinkHandle,
+    pub(crate) certs_dir: PathBuf,
+    pub(crate) inbox: mpsc::Receiver<Command>,
+}
+
+impl Manager {
+    /// Where pairs without a folder of their own are written.
+    pub(crate) fn own_certs(state: &StateDir) -> PathBuf {
+        state.path().join("certs")
+    }
+
+    /// Runs until it is dropped.
+    pub(crate) async fn run(self) {
+        let records = match self.state.pairs() {
+            Ok(records) => records,
+            Err(error) => {
+                self.findings.raise_failure("state/pairs", "the stored pairs", &error.into());
+                Records::new()
+            }
+        };
+        let live = records.keys().map(|name| (name.clone(), Live::default())).collect();
+        let task = Task { parts: self, records, live, jobs: JoinSet::new(), crls: Arc::default() };
+        task.run().await;
+    }
+}
+
+struct Task {
+    parts: Manager,
+    records: Records,
+    live: BTreeMap<String, Live>,
+    jobs: JoinSet<Done>,
+    /// The CRLs that stand in the folders.
+    crls: Arc<Vec<pb::Crl>>,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let (mut own, mut crls) = (self.parts.network.own.clone(), self.parts.network.crls.clone());
+        let mut channel = self.parts.uplink.channel.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        self.write_crls().await;
+        loop {
+            self.advance_all().await;
+            let wake = self.wake();
+            tokio::select! {
+                command = self.parts.inbox.recv() => match command {
+                    Some(command) => self.handle(command).await,
+                    None => return,
+                },
+                Some(done) = self.jobs.join_next() => match done {
+                    Ok(done) => self.finish(done).await,
+                    Err(error) => tracing::error!(%error, "a job of the pairs has crashed"),
+                },
+                changed = own.changed() => {
+                    if changed.is_err() { return }
+                    let own = own.borrow_and_update().clone();
+                    self.take_own(&own);
+                }
+                changed = crls.changed() => {
+                    if changed.is_err() { return }
+                    crls.borrow_and_update();
+                    self.write_crls().await;
+                }
+                changed = channel.changed() => {
+                    if changed.is_err() { return }
+                    // Connected again: what waited for that is asked at once.
+                    if channel.borrow_and_update().is_some() {
+                        self.live.values_mut().for_each(|live| live.ask_after = None);
+                    }
+                }
+                () = tokio::time::sleep_until(wake) => {}
+                _ = tick.tick() => self.read_declared(),
+            }
+        }
+    }
+
+    async fn handle(&mut self, command: Command) {
+        match command {
+            Command::Issue { definition, reply } => self.issue(*definition, reply),
+            Command::Renew { name, reply } => self.renew(&name, reply),
+            Command::List(reply) => {
+                let _ = reply.send(self.list());
+            }
+            Command::WriteCrls(reply) => {
+                self.write_crls().await;
+                let _ = reply.send(());
+            }
+            Command::Forget(reply) => {
+                self.records.clear();
+                self.live.clear();
+                self.save();
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn list(&self) -> Vec<pb::ManagedPair> {
+        let problem = |name: &String| self.live.get(name).map_or("", |live| live.problem.as_str());
+        self.records.iter().map(|(name, record)| record.show(problem(name), false)).collect()
+    }
+
+    /// `cert issue`: makes the pair, changes it, starts it again, or finds that nothing is to be done.
+    fn issue(&mut self, definition: Definition, reply: Answer) {
+        let name = definition.name().to_owned();
+        let now = self.parts.clock.now();
+        if let Some(record) = self.records.get(&name)
+            && record.definition == definition
+            && !record.stopped
+            && record.candidate.is_none()
+            && record.request.is_none()
+            && record.published.as_ref().is_some_and(|material| now < material.renews_at())
+            && self.live.get(&name).is_none_or(|live| live.problem.is_empty())
+        {
+            let _ = reply.send(Ok(record.show("", false)));
+            return;
+        }
+        if let Err(failure) = self.check_room(&definition).and_then(|()| self.parts.uplink.open_channel()) {
+            let _ = reply.send(Err(failure));
+            return;
+        }
+        let record = self.records.entry(name.clone()).or_insert_with(|| Record::new(definition.clone()));
+        // A revoked or stopped key does not come back.
+        let key = record.newest().filter(|_| !record.stopped).map(|material| material.key.clone());
+        let key = key.filter(|_| !definition.rotate_key);
+        record.definition = definition;
+        match issue::prepare(key, true) {
+            Ok(request) => record.request = Some(request),
+            Err(failure) => {
+                let _ = reply.send(Err(failure));
+                return;
+            }
+        }
+        record.candidate = None;
+        record.stopped = false;
+        let live = self.live.entry(name).or_default();
+        live.waiters.push(reply);
+        live.ask_after = None;
+        self.save();
+    }
+
+    fn check_room(&self, definition: &Definition) -> Result<(), Failure> {
+        let known = self.records.contains_key(definition.name());
+        if !known && self.records.len() >= PAIRS_MAX {
+            return Err(Failure::new(
+                ErrorCode::TooLarge,
+                format!("this node keeps {PAIRS_MAX} pairs already"),
+                "remove a declaration, or use fewer names",
+            ));
+        }
+        // Before anything is asked for: a folder that is refused would leave a certificate nobody can use.
+        PairFolder::open(&definition.out, definition.name()).map(drop).map_err(Failure::from)
+    }
+
+    fn renew(&mut self, name: &str, reply: Answer) {
+        let Some(record) = self.records.get(name) else {
+            let _ = reply.send(Err(Failure::new(
+                ErrorCode::CertificateNotFound,
+                format!("this node keeps no pair {name}"),
+                "`meshctl cert ls` on this node shows its pairs",
+            )));
+            return;
+        };
+        let refused = match (record.stopped, self.parts.uplink.open_channel()) {
+            (true, _) => Some(Failure::new(
+                ErrorCode::NameStopped,
+                format!("{name} was revoked by an operator and is not renewed"),
+                format!("start it again: `meshctl cert issue {name}`"),
+            )),
+            (false, Err(failure)) => Some(failure),
+            (false, Ok(_)) => None,
+        };
+        if let Some(failure) = refused {
+            let _ = reply.send(Err(failure));
+            return;
+        }
+        let live = self.live.entry(name.to_owned()).or_default();
+        live.waiters.push(reply);
+        live.forced = true;
+        live.ask_after = None;
+    }
+
+    /// The controller's word on our names: stop, or issue anew with a new key.
+    fn take_own(&mut self, own: &pb::Own) {
+        let mut changed = false;
+        for record in self.records.values_mut() {
+            let names = |list: &[String]| record.definition.names.iter().any(|name| list.contains(name));
+            let (stopped, reissue) = (names(&own.stopped_names), names(&own.reissue_names));
+            // A start by an operator that is under way is newer than what the map says.
+            let starting = record.request.as_ref().is_some_and(|request| request.restart);
+            if record.stopped != (stopped && !starting) {
+                record.stopped = stopped && !starting;
+                changed = true;
+            }
+            if !reissue && record.reissued {
+                record.reissued = false;
+                changed = true;
+            }
+            if reissue && !record.reissued && !record.stopped {
+                match issue::prepare(None, false) {
+                    Ok(request) => {
+                        record.request = Some(request);
+                        record.reissued = true;
+                        changed = true;
+                    }
+                    Err(failure) => tracing::error!(%failure, "no new key for a pair"),
+                }
+            }
+        }
+        if changed {
+            self.save();
+        }
+    }
+
+    fn read_declared(&mut self) {
+        let own_certs = Manager::own_certs(&self.parts.state);
+        let declared = declared::read(&self.parts.certs_dir, &own_certs);
+        let mut keys = Vec::new();
+        for (path, problem) in &declared.problems {
+            let key = format!("certs.d/{}", path.display());
+            let subject = format!("declaration {}", path.display());
+            let next = "correct it; it must belong to root, and nobody else may write it";
+            self.parts.findings.raise(key.clone(), Severity::Bad, subject, problem.clone(), next);
+            keys.push(key);
+        }
+        self.parts.findings.clear_others("certs.d/", &keys);
+        let before = self.records.len();
+        self.records.retain(|name, record| {
+            record.definition.origin == Origin::Socket || declared.pairs.contains_key(name)
+        });
+        let mut changed = before != self.records.len();
+        for (name, definition) in declared.pairs {
+            match self.records.get_mut(&name) {
+                Some(record) if record.definition == definition => continue,
+                Some(record) => {
+                    // Files go to the new place, or the certificate gets the new names.
+                    record.definition = definition;
+                    self.live.entry(name).or_default().forced = true;
+                }
+                None => {
+                    self.records.insert(name.clone(), Record::new(definition));
+                    self.live.entry(name).or_default();
+                }
+            }
+            changed = true;
+        }
+        let records = &self.records;
+        self.live.retain(|name, _| records.contains_key(name));
+        if changed {
+            self.save();
+        }
+    }
+
+    /// What each pair does next; called after every event.
+    async fn advance_all(&mut self) {
+        let names: Vec<String> = self.records.keys().cloned().collect();
+        for name in names {
+            self.advance(&name).await;
+        }
+    }
+
+    async fn advance(&mut self, name: &str) {
+        let now = Instant::now();
+        let controller_now = self.parts.clock.now();
+        let Some(record) = self.records.get_mut(name) else { return };
+        let live = self.live.entry(name.to_owned()).or_default();
+        if live.issuing || live.hook_running {
+            return;
+        }
+        // A hook that is due comes first: the service shall have what is there.
+        if live.hook_due.is_some_and(|due| due <= now) {
+            live.hook_due = None;
+            self.run_hook(name).await;
+            return;
+        }
+        let due = record.newest().is_none_or(|material| controller_now >= material.renews_at());
+        let wanted = record.request.is_some() || live.forced || (due && !record.stopped);
+        if !wanted || live.ask_after.is_some_and(|after| after > now) {
+            return;
+        }
+        let Ok(channel) = self.parts.uplink.open_channel() else { return };
+        if self.jobs.len() >= ISSUES_AT_ONCE {
+            return;
+        }
+        if record.request.is_none() {
+            let key = record.newest().filter(|_| !record.definition.rotate_key);
+            match issue::prepare(key.map(|material| material.key.clone()), false) {
+                Ok(request) => record.request = Some(request),
+                Err(failure) => return tracing::error!(%failure, "no key for a pair"),
+            }
+            self.save();
+        }
+        let Some(record) = self.records.get(name) else { return };
+        let Some(request) = record.request.clone() else { return };
+        let live = self.live.entry(name.to_owned()).or_default();
+        live.issuing = true;
+        live.forced = false;
+        let (name, definition) = (name.to_owned(), record.definition.clone());
+        let (active, clock) = (self.parts.identities.active(), self.parts.clock.clone());
+        self.jobs.spawn(async move {
+            let result = issue::ask(channel, &definition, &request, &active.identity, &clock).await;
+            Done::Issued { name, result }
+        });
+    }
+
+    async fn finish(&mut self, done: Done) {
+        match done {
+            Done::Issued { name, result } => {
+                if let Some(live) = self.live.get_mut(&name) {
+                    live.issuing = false;
+                }
+                match result {
+                    Ok(issued) => self.issued(&name, issued).await,
+                    Err(failure) => self.not_issued(&name, failure),
+                }
+            }
+            Done::Hooked { name, result } => {
+                if let Some(live) = self.live.get_mut(&name) {
+                    live.hook_running = false;
+                    live.last_hook = Some(Instant::now());
+                }
+                self.hooked(&name, result).await;
+            }
+        }
+    }
+
+    async fn issued(&mut self, name: &str, issued: Issued) {
+        let Some(record) = self.records.get_mut(name) else { return };
+        tracing::info!(pair = name, serial = hex::encode(&issued.material.serial), "certificate issued");
+        record.candidate = Some(issued.material);
+        record.request = None;
+        // On disk before the service can see it.
+        self.save();
+        // The network task verifies them and tells us; without it this pair starts from what is here.
+        if self.parts.network.take_crls(issued.crls).await.is_err() {
+            return;
+        }
+        self.crls = self.parts.network.crls.borrow().clone();
+        self.run_hook(name).await;
+    }
+
+    fn not_issued(&mut self, name: &str, failure: Failure) {
+        let Some(record) = self.records.get_mut(name) else { return };
+        let Some(live) = self.live.get_mut(name) else { return };
+        tracing::warn!(pair = name, code = failure.number(), why = %failure, "certificate not issued");
+        // The same question gets the same refusal; the next one is a new question.
+        if failure.exit != 5 {
+            record.request = None;
+        }
+        if failure.code == ErrorCode::NameStopped {
+            record.stopped = true;
+        }
+        let never_was = record.newest().is_none() && record.definition.origin == Origin::Socket;
+        live.problem = format!("{}: {}", failure.number(), failure.why);
+        live.ask_after = Some(Instant::now() + RETRY_FIRST + live.backoff.next_wait());
+        for waiter in live.waiters.drain(..) {
+            let _ = waiter.send(Err(failure.clone()));
+        }
+        if never_was {
+            // Whoever typed it has been told; there is nothing to keep renewed.
+            self.records.remove(name);
+            self.live.remove(name);
+        } else {
+            self.parts.findings.raise_failure(format!("pair/{name}"), format!("pair {name}"), &failure);
+        }
+        self.save();
+    }
+
+    /// Puts the newest material in place, then runs the hook, if there is one.
+    async fn run_hook(&mut self, name: &str) {
+        let Some(record) = self.records.get(name) else { return };
+        let Some(material) = record.newest().cloned() else { return };
+        let definition = record.definition.clone();
+        if let Err(failure) = self.write(&definition, &material).await {
+            return self.not_written(name, &failure);
+        }
+        let Some(live) = self.live.get_mut(name) else { return };
+        let Some(command) = definition.reload.clone() else { return self.settled(name) };
+        let earliest = live.last_hook.map_or_else(Instant::now, |last| last + HOOK_INTERVAL);
+        if earliest > Instant::now() {
+            live.hook_due = Some(earliest);
+            return;
+        }
+        live.hook_running = true;
+        live.hook_due = None;
+        let (name, folder) = (name.to_owned(), definition.out.clone());
+        self.jobs.spawn(async move {
+            let result = hook::run(&command, &name, &folder, HOOK_TIMEOUT).await;
+            Done::Hooked { name, result }
+        });
+    }
+
+    async fn hooked(&mut self, name: &str, result: Result<(), HookError>) {
+        match result {
+            Ok(()) => self.settled(name),
+            Err(error) => self.roll_back(name, &error).await,
+        }
+    }
+
+    /// The service has what is in the folder.
+    fn settled(&mut self, name: &str) {
+        let Some(record) = self.records.get_mut(name) else { return };
+        let Some(live) = self.live.get_mut(name) else { return };
+        if let Some(candidate) = record.candidate.take() {
+            record.published = Some(candidate);
+        }
+        live.backoff.reset();
+        live.problem.clear();
+        live.ask_after = None;
+        let shown = record.show("", true);
+        for waiter in live.waiters.drain(..) {
+            let _ = waiter.send(Ok(shown.clone()));
+        }
+        self.parts.findings.clear(&format!("pair/{name}"));
+        self.save();
+    }
+
+    /// The service did not take the new pair: the old one returns, unless nobody would accept it. New CRLs
+    /// stay in any case: a broken hook must not revive what was revoked.
+    async fn roll_back(&mut self, name: &str, error: &HookError) {
+        let now = self.parts.clock.now();
+        let Some(record) = self.records.get_mut(name) else { return };
+        let old = record.published.clone().filter(|_| record.candidate.is_some());
+        let old = old.filter(|old| !old.has_expired(now) && !self.parts.is_revoked(&old.serial));
+        let definition = record.definition.clone();
+        let outcome = match &old {
+            Some(old) => match self.write(&definition, old).await {
+                Ok(()) => "the pair before it is back in place",
+                Err(_) => "the pair before it could not be put back",
+            },
+            None => {
+                // Nothing better is there; what was issued stays.
+                if let Some(record) = self.records.get_mut(name)
+                    && let Some(candidate) = record.candidate.take()
+                {
+                    record.published = Some(candidate);
+                }
+                "the new files stay in place"
+            }
+        };
+        let failure = Failure::new(
+            ErrorCode::HookFailed,
+            format!("reload hook of {name} failed: {error}; {outcome}"),
+            "correct the service or the hook; it is tried again by itself",
+        );
+        self.failing(name, &failure);
+    }
+
+    fn not_written(&mut self, name: &str, failure: &Failure) {
+        self.failing(name, failure);
+    }
+
+    fn failing(&mut self, name: &str, failure: &Failure) {
+        let Some(live) = self.live.get_mut(name) else { return };
+        live.problem = format!("{}: {}", failure.number(), failure.why);
+        live.hook_due = Some(Instant::now() + HOOK_INTERVAL + live.backoff.next_wait());
+        for waiter in live.waiters.drain(..) {
+            let _ = waiter.send(Err(failure.clone()));
+        }
+        self.parts.findings.raise_failure(format!("pair/{name}"), format!("pair {name}"), failure);
+        self.save();
+    }
+
+    /// Rewrites `crl.pem` everywhere if the CRLs have changed, and lets the hooks know.
+    async fn write_crls(&mut self) {
+        let crls = self.parts.network.crls.borrow().clone();
+        if *crls == *self.crls {
+            return;
+        }
+        self.crls = crls;
+        let names: Vec<String> = self.records.keys().cloned().collect();
+        for name in names {
+            let Some(record) = self.records.get(&name) else { continue };
+            // What is in the folder now: a candidate only while its hook runs.
+            let running = self.live.get(&name).is_some_and(|live| live.hook_running);
+            let material = match running {
+                true => record.newest(),
+                false => record.published.as_ref().or(record.candidate.as_ref()),
+            };
+            let Some(material) = material.cloned() else { continue };
+            let definition = record.definition.clone();
+            if let Err(failure) = self.write(&definition, &material).await {
+                self.not_written(&name, &failure);
+                continue;
+            }
+            if definition.reload.is_some()
+                && let Some(live) = self.live.get_mut(&name)
+            {
+                let earliest = live.last_hook.map_or_else(Instant::now, |last| last + HOOK_INTERVAL);
+                live.hook_due = Some(live.hook_due.map_or(earliest, |due| due.min(earliest)));
+            }
+        }
+    }
+
+    /// Writes one version of the folder. Waits for the disk on a thread of its own.
+    async fn write(&self, definition: &Definition, material: &Material) -> Result<(), Failure> {
+        let files = material.files(&self.crls)?;
+        let access = definition.access()?;
+        let (out, name) = (definition.out.clone(), definition.name().to_owned());
+        let version = self.version();
+        let written = tokio::task::spawn_blocking(move || {
+            PairFolder::open(&out, &name)?.publish(&files, access, &version)
+        });
+        written
+            .await
+            .map_err(|error| Failure::internal("writing a pair was cut off", &error))?
+            .map_err(Failure::from)
+    }
+
+    /// A new version's name: a UTC stamp for people, random bits against a clock that was set back.
+    fn version(&self) -> String {
+        let now = self.parts.clock.now();
+        format!(
+            "..{:04}_{:02}_{:02}T{:02}_{:02}_{:02}Z.{}",
+            now.year(),
+            u8::from(now.month()),
+            now.day(),
+            now.hour(),
+            now.minute(),
+            now.second(),
+            hex::encode(mesh_runtime::random_bytes::<4>()),
+        )
+    }
+
+    fn save(&self) {
+        match self.parts.state.save_pairs(&self.records) {
+            Ok(()) => self.parts.findings.clear("state/pairs"),
+            Err(error) => self.parts.findings.raise_failure("state/pairs", "the state folder", &error.into()),
+        }
+    }
+
+    /// When something is due by itself.
+    fn wake(&self) -> Instant {
+        let now = Instant::now();
+        let hooks = self.live.values().filter(|live| !live.hook_running).filter_map(|live| live.hook_due);
+        let asks = self.live.values().filter(|live| !live.issuing).filter_map(|live| live.ask_after);
+        // An `ask_after` that has passed waits for a connection, not for time.
+        hooks.chain(asks.filter(|at| *at > now)).min().unwrap_or(now + TICK).min(now + TICK)
+    }
+}
+
+impl Manager {
+    fn is_revoked(&self, serial: &[u8]) -> bool {
+        let active = self.identities.active();
+        let Ok(mut trust) = crate::pki::Trust::of(&active.identity) else { return false };
+        for crl in self.network.crls.borrow().iter() {
+            // What is not believed says nothing.
+            let _ = trust.take_crl(crl);
+        }
+        trust.is_revoked(serial)
+    }
+}

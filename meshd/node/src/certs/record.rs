@@ -1,0 +1,128 @@
+//! What is remembered of a managed pair: on disk before anything that follows from it is sent or written.
+
+use std::collections::BTreeMap;
+
+use mesh_proto::v1 as pb;
+use serde::{Deserialize, Serialize};
+use time::UtcDateTime;
+
+use super::definition::Definition;
+use super::folder::PairFiles;
+use crate::failure::Failure;
+use crate::join::leaf_key;
+use crate::schedule::renews_at;
+use crate::state::{Der, Secret, StateDir, StateError};
+
+const PAIRS_FILE: &str = "pairs.json";
+
+/// All pairs by name.
+pub(super) type Records = BTreeMap<String, Record>;
+
+#[derive(Serialize, Deserialize, Clone)]
+pub(super) struct Record {
+    pub(super) definition: Definition,
+    /// What the service uses.
+    pub(super) published: Option<Material>,
+    /// Issued, and not yet accepted by the service's hook.
+    pub(super) candidate: Option<Material>,
+    /// Asked for, and not yet answered.
+    pub(super) request: Option<IssueRequest>,
+    /// An operator revoked it: no renewal until it is issued again.
+    pub(super) stopped: bool,
+    /// The controller's order to issue anew was carried out already.
+    pub(super) reissued: bool,
+}
+
+/// A key and its chain.
+#[derive(Serialize, Deserialize, Clone)]
+pub(super) struct Material {
+    pub(super) key: Secret,
+    pub(super) leaf: Der,
+    pub(super) issuers: Vec<Der>,
+    pub(super) roots: Vec<Der>,
+    #[serde(with = "hex")]
+    pub(super) serial: Vec<u8>,
+    /// UTC seconds.
+    pub(super) not_before: i64,
+    pub(super) not_after: i64,
+}
+
+/// The same question is asked again after a crash.
+#[derive(Serialize, Deserialize, Clone)]
+pub(super) struct IssueRequest {
+    #[serde(with = "hex")]
+    pub(super) operation_id: [u8; 16],
+    pub(super) key: Secret,
+    pub(super) csr: Der,
+    pub(super) restart: bool,
+}
+
+impl Record {
+    pub(super) fn new(definition: Definition) -> Self {
+        Self { definition, published: None, candidate: None, request: None, stopped: false, reissued: false }
+    }
+
+    /// The newest material, accepted or not.
+    pub(super) fn newest(&self) -> Option<&Material> {
+        self.candidate.as_ref().or(self.published.as_ref())
+    }
+
+    /// The pair as people see it.
+    pub(super) fn show(&self, problem: &str, changed: bool) -> pb::ManagedPair {
+        let state = match (self.stopped, problem) {
+            (true, _) => "stopped",
+            (false, "") => "ok",
+            _ => "failing",
+        };
+        let material = self.published.as_ref().or(self.candidate.as_ref());
+        pb::ManagedPair {
+            name: self.definition.name().to_owned(),
+            names: self.definition.names.clone(),
+            out: self.definition.out.display().to_string(),
+            profile: self.definition.profile.clone(),
+            serial: material.map(|material| material.serial.clone()).unwrap_or_default().into(),
+            not_after: material.map_or(0, |material| material.not_after),
+            renews_at: material.map_or(0, |material| material.renews_at().unix_timestamp()),
+            state: state.to_owned(),
+            problem: problem.to_owned(),
+            changed,
+            rotate_key: self.definition.rotate_key,
+            reload: self.definition.reload.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl Material {
+    pub(super) fn renews_at(&self) -> UtcDateTime {
+        renews_at(instant(self.not_before), instant(self.not_after), &self.serial)
+    }
+
+    pub(super) fn has_expired(&self, now: UtcDateTime) -> bool {
+        now.unix_timestamp() > self.not_after
+    }
+
+    /// The four files.
+    pub(super) fn files(&self, crls: &[pb::Crl]) -> Result<PairFiles, Failure> {
+        let chain = std::iter::once(&self.leaf).chain(self.issuers.first());
+        Ok(PairFiles {
+            key: leaf_key(&self.key)?.to_pkcs8_pem(),
+            cert: mesh_ca::bundle::encode_certificates(chain.map(|der| &der.0)),
+            ca: mesh_ca::bundle::encode_certificates(self.roots.iter().map(|der| &der.0)),
+            crl: mesh_ca::bundle::encode_crls(crls.iter().map(|crl| &crl.der)),
+        })
+    }
+}
+
+impl StateDir {
+    pub(super) fn pairs(&self) -> Result<Records, StateError> {
+        Ok(self.read_json(PAIRS_FILE)?.unwrap_or_default())
+    }
+
+    pub(super) fn save_pairs(&self, records: &Records) -> Result<(), StateError> {
+        self.write_json(PAIRS_FILE, records)
+    }
+}
+
+fn instant(seconds: i64) -> UtcDateTime {
+    UtcDateTime::from_unix_timestamp(seconds).unwrap_or(UtcDateTime::UNIX_EPOCH)
+}
