@@ -63,8 +63,20 @@ impl Machine {
         from.get(usize::from(number) % from.len().max(1)).copied()
     }
 
+    /// A node of now, or seldom one of ever.
+    fn node_id(&self, number: u8) -> Option<NodeId> {
+        let now: Vec<NodeId> = self.mesh.world.nodes().map(|node| node.id).collect();
+        if number > 220 { Self::pick(&self.nodes, number) } else { Self::pick(&now, number) }
+    }
+
     fn node(&self, number: u8) -> Option<Node> {
-        Self::pick(&self.nodes, number).and_then(|id| self.mesh.world.node(id).cloned())
+        self.node_id(number).and_then(|id| self.mesh.world.node(id).cloned())
+    }
+
+    /// One of the newest tokens, or seldom one of ever.
+    fn token(&self, number: u8) -> Option<TokenId> {
+        let newest = &self.tokens[self.tokens.len().saturating_sub(3)..];
+        if number > 220 { Self::pick(&self.tokens, number) } else { Self::pick(newest, number) }
     }
 
     fn node_actor(&self, node: &Node, number: u8) -> Option<Actor> {
@@ -107,23 +119,21 @@ impl Machine {
         let reason = Reason::ALL[usize::from(c) % Reason::ALL.len()];
         Some(match kind {
             0 | 1 => (root, self.create_token(a, b, c)),
-            2 => (root, Command::RevokeToken { id: Self::pick(&self.tokens, a)? }),
+            2 => (root, Command::RevokeToken { id: self.token(a)? }),
             3..=6 => self.enrollment(a, b, c)?,
             7 => self.request(a, b, c)?,
-            8 => (root, Command::ApproveNode { node: Self::pick(&self.nodes, a)? }),
+            8 => (root, Command::ApproveNode { node: self.node_id(a)? }),
             9 => {
                 let tags = |bits: u8| tag_set(&["t0", "t1"][..usize::from(bits % 3).min(2)]);
-                (root, Command::TagNode { node: Self::pick(&self.nodes, a)?, add: tags(b), remove: tags(c) })
+                (root, Command::TagNode { node: self.node_id(a)?, add: tags(b), remove: tags(c) })
             }
-            10 => {
-                (root, Command::RevokeNode { node: Self::pick(&self.nodes, a)?, reason, remove: b % 2 == 0 })
-            }
+            10 => (root, Command::RevokeNode { node: self.node_id(a)?, reason, remove: b.is_multiple_of(2) }),
             11 => {
                 let node = self.node(a)?;
                 (self.node_actor(&node, b)?, Command::LeaveNode { node: node.id })
             }
             12..=14 => self.renewal(a, b, c)?,
-            15 => (root, Command::RotateKeys { node: Self::pick(&self.nodes, a)? }),
+            15 => (root, Command::RotateKeys { node: self.node_id(a)? }),
             16..=18 => self.issuance(a, b, c)?,
             19 => (root, self.revocation(a, b, reason)),
             20 => (root, Command::ApplyPolicy { toml: POLICIES[usize::from(a) % 4].to_owned() }),
@@ -131,15 +141,14 @@ impl Machine {
             22 => (root, Command::RemoveOperator { name: OPERATORS[usize::from(a) % 3].try_into().unwrap() }),
             23 => self.login(a, b)?,
             24 => (Actor::Controller, self.crl(a)),
-            _ if a % 8 == 0 => (Actor::Controller, Command::HoldClock),
+            _ if a.is_multiple_of(16) => (Actor::Controller, Command::HoldClock),
             _ => (root, Command::ConfirmClock),
         })
     }
 
     fn create_token(&mut self, a: u8, b: u8, c: u8) -> Command {
         let id = TokenId(self.mesh.bytes());
-        self.tokens.push(id);
-        let name = (a % 3 == 0).then(|| NAMES[usize::from(b) % NAMES.len()].try_into().unwrap());
+        let name = (a.is_multiple_of(3)).then(|| NAMES[usize::from(b) % NAMES.len()].try_into().unwrap());
         Command::CreateToken {
             id,
             secret_hash: [a; 32],
@@ -147,12 +156,12 @@ impl Machine {
             uses: if name.is_some() { 1 } else { u32::from(b % 3) + 1 },
             name,
             expires_at: self.mesh.now + HOUR * u32::from(c % 50),
-            require_approval: c % 4 == 0,
+            require_approval: c.is_multiple_of(4),
         }
     }
 
     fn enrollment(&mut self, a: u8, b: u8, c: u8) -> Option<(Actor, Command)> {
-        let token = Self::pick(&self.tokens, a)?;
+        let token = self.token(a)?;
         let name = NAMES[usize::from(b) % NAMES.len()];
         let mut command = self.mesh.enrollment(token, name);
         let (key, wireguard_key) = (self.key(c), self.wireguard(c.wrapping_mul(7)));
@@ -160,7 +169,7 @@ impl Machine {
         if let Command::Enroll { node, certificate, wireguard, ipv4, .. } = &mut command {
             (certificate.key_hash, *wireguard) = (key, wireguard_key);
             // Often the machine that asked before; seldom somebody else's address or index.
-            if let Some(known) = pending.filter(|_| c % 2 == 0) {
+            if let Some(known) = pending.filter(|_| c.is_multiple_of(2)) {
                 (certificate.key_hash, *wireguard) = (known.enrollment.key_hash, known.enrollment.wireguard);
                 let owned = self.mesh.node_certificate(known.id, &known.name, *ipv4);
                 (*node, certificate.owner, certificate.ips) = (known.id, owned.owner, owned.ips);
@@ -172,7 +181,7 @@ impl Machine {
     }
 
     fn request(&mut self, a: u8, b: u8, c: u8) -> Option<(Actor, Command)> {
-        let token = Self::pick(&self.tokens, a)?;
+        let token = self.token(a)?;
         let name = NAMES[usize::from(b) % NAMES.len()].try_into().unwrap();
         let (key_hash, wireguard) = (self.key(c), self.wireguard(c.wrapping_mul(7)));
         Some((Actor::Token { id: token }, Command::RequestEnrollment { token, name, key_hash, wireguard }))
@@ -183,11 +192,12 @@ impl Machine {
         let mut certificate = self.mesh.node_certificate(node.id, &node.name, node.ipv4?);
         certificate.key_hash = self.key(c);
         let mut wireguard = node.wireguard.clone();
-        if b % 3 == 0 {
+        if b.is_multiple_of(3) {
             wireguard.insert(0, self.wireguard(c));
             wireguard.truncate(2);
         }
-        let command = Command::RenewIdentity { node: node.id, wireguard, certificate, resume: b % 4 == 0 };
+        let command =
+            Command::RenewIdentity { node: node.id, wireguard, certificate, resume: b.is_multiple_of(4) };
         Some((self.node_actor(&node, c)?, command))
     }
 
@@ -207,11 +217,14 @@ impl Machine {
                 (self.node_actor(&node, c)?, Owner::Service { node: node.id, name: name.clone() })
             }
         };
-        let serial = if c == 0 { Self::pick(&self.serials, a)? } else { Serial(self.mesh.bytes()) };
+        // World knows a serial again only while it remembers the certificate; beyond that, 128 random bits
+        // have to do.
+        let known: Vec<Serial> = self.mesh.world.certificates().map(|known| known.serial).collect();
+        let serial = if c == 0 { Self::pick(&known, a)? } else { Serial(self.mesh.bytes()) };
         let mut certificate = self.mesh.certificate(owner, "server", serial);
         certificate.key_hash = self.key(c);
         (certificate.names, certificate.pair_name) = (vec![name.as_str().try_into().unwrap()], name);
-        Some((actor, Command::IssueCertificate { certificate, restart: b % 5 == 0 }))
+        Some((actor, Command::IssueCertificate { certificate, restart: b.is_multiple_of(5) }))
     }
 
     fn revocation(&mut self, a: u8, b: u8, reason: Reason) -> Command {
@@ -225,7 +238,6 @@ impl Machine {
 
     fn add_operator(&mut self, a: u8, b: u8) -> Command {
         let token = TokenId(self.mesh.bytes());
-        self.tokens.push(token);
         let (name, role) = (OPERATORS[usize::from(a) % 3].try_into().unwrap(), Role::ALL[usize::from(b) % 4]);
         Command::AddOperator { name, role, token, secret_hash: [1; 32], expires_at: self.mesh.now + HOUR }
     }
@@ -243,7 +255,7 @@ impl Machine {
         Command::RecordCrl {
             issuer_key_id: issuer(),
             shard: 0,
-            number: self.mesh.world.last_crl_number(&issuer(), 0) + u64::from(a % 8 != 0),
+            number: self.mesh.world.last_crl_number(&issuer(), 0) + u64::from(!a.is_multiple_of(8)),
             covers_seq: self.mesh.world.head_seq(),
             digest: [a; 32],
             this_update: self.mesh.world.record_time(self.mesh.now),
@@ -292,6 +304,7 @@ impl Machine {
     fn note(&mut self, changes: &[Change]) {
         for change in changes {
             match change {
+                Change::TokenCreated { token } => self.tokens.push(token.id),
                 Change::NodeRequested { id, .. } => self.nodes.push(*id),
                 Change::NodeEnrolled { id, certificate, .. } => {
                     self.nodes.push(*id);
@@ -536,7 +549,7 @@ fn check_journal(records: &[Record]) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     /// Whoever commands what in whichever order: only the authorized change anything, what is unique stays
     /// unique, what is revoked stays revoked, no token is spent twice, deltas add up to full views, and
@@ -568,16 +581,16 @@ fn random_commands_reach_every_kind_of_change() {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
-    let (mut actions, mut accepted, mut asked) = (BTreeSet::new(), 0usize, 0usize);
-    for _ in 0..60 {
+    const RUNS: usize = 200;
+    let (mut actions, mut accepted) = (BTreeSet::new(), 0);
+    for _ in 0..RUNS {
         let steps = vec(any_step(), 160).new_tree(&mut runner).unwrap().current();
         let mut machine = Machine::new();
-        asked += steps.len();
         steps.into_iter().for_each(|step| machine.step(step).unwrap());
         accepted += machine.mesh.journal.len();
         actions.extend(machine.mesh.journal.into_iter().map(|record| record.action));
     }
-    assert!(accepted * 5 > asked, "{accepted} of {asked}");
+    assert!(accepted >= 30 * RUNS, "{accepted} records in {RUNS} journals");
     let missing: Vec<&str> = mesh_core::CommandKind::ALL
         .iter()
         .map(|kind| kind.action())

@@ -173,7 +173,7 @@ impl World {
         self.check_key(candidate.key_hash, |_| false)?;
         self.check_wireguard(candidate.wireguard, None)?;
         let replaced = self.check_node_name(now, token, candidate.name)?;
-        if self.nodes().count() >= NODES_MAX {
+        if self.state.nodes.len() >= NODES_MAX {
             return Err(Refusal::Limit { what: "nodes", max: NODES_MAX });
         }
         Ok((spent, replaced))

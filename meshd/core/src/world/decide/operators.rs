@@ -20,7 +20,7 @@ impl World {
         if self.operator(name).is_some() {
             return Err(Refusal::OperatorExists { name: name.clone() });
         }
-        if self.operators().count() >= OPERATORS_MAX {
+        if self.state.operators.len() >= OPERATORS_MAX {
             return Err(Refusal::Limit { what: "operators", max: OPERATORS_MAX });
         }
         let login = Token {

@@ -51,7 +51,7 @@ impl World {
         if token.expires_at <= now.at || token.expires_at.since(now.at) > TOKEN_LIFE_MAX {
             return Err(Refusal::TokenLife { max: TOKEN_LIFE_MAX });
         }
-        if self.tokens().count() >= TOKENS_MAX {
+        if self.state.tokens.len() >= TOKENS_MAX {
             return Err(Refusal::Limit { what: "tokens", max: TOKENS_MAX });
         }
         Ok(())
