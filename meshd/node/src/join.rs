@@ -392,7 +392,7 @@ fn root_mismatch(expected: &[u8; 32], shown: Option<&[u8; 32]>) -> Failure {
         .map_or_else(|| "no root certificate".to_owned(), |hash| format!("sha256:{}", hex::encode(hash)));
     Failure::new(
         ErrorCode::RootMismatch,
-        "controller's root key does not match the token: wrong controller, a stale token, or someone in the middle; nothing was sent",
+        "controller's root key does not match the token: wrong controller, a stale token, or someone in the middle. Nothing was sent.",
         "on the controller run `meshctl ca fingerprint`, compare, then create a new token",
     )
     .fact(format!("token expects sha256:{}", hex::encode(expected)))

@@ -31,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) broken: watch::Sender<Option<Failure>>,
     /// Held by whoever enrolls.
     pub(crate) enrolling: Mutex<()>,
+    /// A person enrolls: what goes on by itself lets go.
+    pub(crate) attended: Notify,
     /// An identity has been stored.
     pub(crate) enrolled: Notify,
     /// Asks the supervisor to leave the mesh.
@@ -56,6 +58,7 @@ pub async fn run(config: RunConfig, shutdown: CancellationToken) -> Result<(), F
         session: watch::Sender::new(None),
         broken: watch::Sender::new(None),
         enrolling: Mutex::new(()),
+        attended: Notify::new(),
         enrolled: Notify::new(),
         leave,
     });
@@ -124,34 +127,43 @@ async fn supervise(
 /// for ever.
 async fn enroll_unattended(node: &Node) -> Result<(), Failure> {
     let joiner = Joiner::new(node.state.clone(), node.clock.clone());
-    let guard = node.enrolling.lock().await;
-    let enrollment = match &node.config.token_file {
-        Some(path) => {
-            let name = node.config.name.clone().map_or_else(host_name, Ok)?;
-            joiner.prepare(&read_token(path)?, &name)?
-        }
-        None => match node.state.enrollment()? {
-            Some(enrollment) => enrollment,
-            None => {
-                drop(guard);
-                return std::future::pending().await;
-            }
-        },
-    };
-    let (progress, _unheard) = mpsc::channel(1);
     let mut backoff = Backoff::new(RECONNECT_FIRST, RECONNECT_LONGEST);
     loop {
-        match joiner.enroll(&enrollment, &progress).await {
-            Ok(identity) => {
-                announce(&identity);
-                return Ok(());
+        let attempt = async {
+            let _guard = node.enrolling.lock().await;
+            // A person may have been here since the last try.
+            if node.state.identity()?.is_some() {
+                return Ok(true);
             }
-            Err(failure) if failure.exit == 5 => tokio::time::sleep(backoff.next_wait()).await,
+            let enrollment = match &node.config.token_file {
+                Some(path) => {
+                    let name = node.config.name.clone().map_or_else(host_name, Ok)?;
+                    Some(joiner.prepare(&read_token(path)?, &name)?)
+                }
+                None => node.state.enrollment()?,
+            };
+            let Some(enrollment) = enrollment else { return Ok(false) };
+            let (progress, _unheard) = mpsc::channel(1);
+            let identity = joiner.enroll(&enrollment, &progress).await?;
+            announce(&identity);
+            Ok(true)
+        };
+        let outcome: Result<bool, Failure> = tokio::select! {
+            outcome = attempt => outcome,
+            // Enrolling can be cut off at any step; who types the command hears how it ends.
+            () = node.attended.notified() => continue,
+        };
+        match outcome {
+            Ok(true) => return Ok(()),
+            Ok(false) => node.attended.notified().await,
+            Err(failure) if failure.exit == 5 => tokio::select! {
+                () = tokio::time::sleep(backoff.next_wait()) => {}
+                () = node.attended.notified() => {}
+            },
             Err(failure) if node.config.token_file.is_some() => return Err(failure),
             Err(failure) => {
                 node.findings.raise_failure("enrollment", "the enrollment that was interrupted", &failure);
-                drop(guard);
-                return std::future::pending().await;
+                node.attended.notified().await;
             }
         }
     }
@@ -164,13 +176,11 @@ pub(crate) async fn enroll_attended(
     name: &str,
     progress: &mpsc::Sender<Progress>,
 ) -> Result<Identity, Failure> {
-    let _guard = node.enrolling.try_lock().map_err(|_| {
-        Failure::new(
-            ErrorCode::AlreadyEnrolled,
-            "another enrollment is under way on this node",
-            "wait for it; `meshctl status` shows when it is done",
-        )
-    })?;
+    node.attended.notify_one();
+    let _guard = node.enrolling.lock().await;
+    if let Some(identity) = node.state.identity()? {
+        return enrolled_already(&identity, token, Some(name)).map(|()| identity);
+    }
     let joiner = Joiner::new(node.state.clone(), node.clock.clone());
     let enrollment = joiner.prepare(token, name)?;
     let identity = joiner.enroll(&enrollment, progress).await?;
@@ -178,6 +188,22 @@ pub(crate) async fn enroll_attended(
     node.findings.clear("enrollment");
     node.enrolled.notify_one();
     Ok(identity)
+}
+
+/// Enrolling again in the same mesh under the same name is done already; anything else needs `leave` first.
+pub(crate) fn enrolled_already(
+    identity: &Identity,
+    token: &Token,
+    wished: Option<&str>,
+) -> Result<(), Failure> {
+    if token.is_for(identity) && wished.is_none_or(|name| name == identity.name) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        ErrorCode::AlreadyEnrolled,
+        format!("this machine is node {} of {} already", identity.name, identity.trust_domain),
+        "to enroll it anew run `meshctl leave` first",
+    ))
 }
 
 fn announce(identity: &Identity) {

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::failure::Failure;
 use crate::join::{Progress, Token};
-use crate::run::{Node, enroll_attended, host_name};
+use crate::run::{Node, enroll_attended, enrolled_already, host_name};
 use crate::state::Identity;
 
 /// Steps that may wait for a slow reader.
@@ -94,25 +94,14 @@ async fn attempt(
     let token = Token::parse(&text)?;
     let wished = Some(request.name).filter(|name| !name.is_empty()).or_else(|| node.config.name.clone());
     if let Some(session) = node.session.borrow().clone() {
-        return enrolled_already(&session.identities.active().identity, &token, wished.as_deref());
+        let active = session.identities.active();
+        enrolled_already(&active.identity, &token, wished.as_deref())?;
+        return Ok(answer(&active.identity, false));
     }
     let name = wished.map_or_else(host_name, Ok)?;
     let identity = enroll_attended(node, &token, &name, progress).await?;
     overlay_up(node).await?;
     Ok(answer(&identity, true))
-}
-
-/// Enrolling again in the same mesh under the same name is done already; anything else needs `leave` first.
-fn enrolled_already(identity: &Identity, token: &Token, wished: Option<&str>) -> Result<Enrolled, Failure> {
-    let same_name = wished.is_none_or(|name| name == identity.name);
-    if token.is_for(identity) && same_name {
-        return Ok(answer(identity, false));
-    }
-    Err(Failure::new(
-        ErrorCode::AlreadyEnrolled,
-        format!("this machine is node {} of {} already", identity.name, identity.trust_domain),
-        "to enroll it anew run `meshctl leave` first",
-    ))
 }
 
 /// Waits until the interface stands and the first map has been asked for, so that what follows "done" works.
