@@ -181,7 +181,13 @@ impl Failure {
     }
 
     pub(crate) fn from_detail(detail: &ErrorDetail, title: &str) -> Self {
-        let mut failure = Self::new(detail.code(), title).why(&detail.why).next(&detail.next);
+        // A daemon that says the same twice has put "what: why" into one sentence.
+        let (title, why) = match title.split_once(": ") {
+            _ if title != detail.why => (title, detail.why.as_str()),
+            Some((what, why)) => (what, why),
+            None => (title, ""),
+        };
+        let mut failure = Self::new(detail.code(), title).why(why).next(&detail.next);
         failure.facts.clone_from(&detail.facts);
         if let Some(exit) = Exit::from_wire(detail.exit) {
             failure.exit = exit;
@@ -262,7 +268,8 @@ impl Failure {
         for fact in &self.facts {
             let _ = writeln!(out, "  {}", safe(fact));
         }
-        if !self.why.is_empty() {
+        // Many refusals are one sentence, which is the title then.
+        if !self.why.is_empty() && self.why != self.title {
             let _ = writeln!(out, "  why: {}", safe(&self.why));
         }
         if !self.next.is_empty() {
