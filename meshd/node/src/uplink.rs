@@ -36,6 +36,8 @@ pub(crate) struct UplinkStatus {
     pub(crate) rtt: Duration,
     /// Why the last attempt failed; empty while connected.
     pub(crate) problem: String,
+    /// Set while the controller refuses this node's identity: that is no outage, and is not told as one.
+    pub(crate) refusal: Option<Failure>,
 }
 
 /// The uplink as other tasks see it.
@@ -54,10 +56,13 @@ impl UplinkHandle {
     /// The open connection.
     ///
     /// # Errors
-    /// [`ErrorCode::ControllerUnreachable`] while there is none.
+    /// The controller's own words if it refuses this node; else [`ErrorCode::ControllerUnreachable`].
     pub(crate) fn open_channel(&self) -> Result<Channel, Failure> {
         self.channel.borrow().clone().ok_or_else(|| {
-            let problem = self.status().problem;
+            let UplinkStatus { problem, refusal, .. } = self.status();
+            if let Some(refusal) = refusal {
+                return refusal;
+            }
             let why = match problem.is_empty() {
                 true => "there is no connection to the controller yet".to_owned(),
                 false => format!("there is no connection to the controller: {problem}"),
@@ -205,6 +210,7 @@ impl Uplink {
                             status.connected = true;
                             status.rtt = connected.rtt;
                             status.problem.clear();
+                            status.refusal = None;
                         });
                         self.findings.clear("controller");
                         tracing::info!(controller = self.current_controller(), "controller connected");
@@ -328,9 +334,14 @@ impl Uplink {
     }
 
     fn failed(&mut self, active: &Active, failure: &Failure) {
+        let refused = matches!(
+            failure.code,
+            ErrorCode::IdentityUnknown | ErrorCode::IdentityRevoked | ErrorCode::Denied
+        );
         self.note(|status| {
             status.connected = false;
             status.problem.clone_from(&failure.why);
+            status.refusal = refused.then(|| failure.clone());
         });
         tracing::info!(code = failure.number(), why = %failure, "no controller");
         let severity = match failure.code {
@@ -339,10 +350,6 @@ impl Uplink {
         };
         let what = format!("{}: {}", failure.number(), failure.why);
         self.findings.raise("controller", severity, "the controller", what, failure.next.clone());
-        let refused = matches!(
-            failure.code,
-            ErrorCode::IdentityUnknown | ErrorCode::IdentityRevoked | ErrorCode::Denied
-        );
         if refused
             && active.serial == self.identities.active().serial
             && let Err(error) = self.identities.fall_back()
