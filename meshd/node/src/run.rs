@@ -227,7 +227,7 @@ pub(crate) fn host_name() -> Result<String, Failure> {
 fn read_token(path: &Path) -> Result<Token, Failure> {
     let unreadable = |why: String| {
         Failure::new(
-            ErrorCode::TokenNotFound,
+            ErrorCode::ConfigInvalid,
             format!("token file {} cannot be read: {why}", path.display()),
             "check --token-file",
         )

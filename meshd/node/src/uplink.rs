@@ -16,7 +16,7 @@ use tonic::transport::Channel;
 
 use crate::certs::PairsHandle;
 use crate::clock::ControllerClock;
-use crate::connect::{ConnectError, Connected, connect, node_config};
+use crate::connect::{Connected, connect, node_config};
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::identity::{Active, Identities};
@@ -323,7 +323,7 @@ impl Uplink {
             }
         }
         Err(match last {
-            Some(error) => connect_failure(error).into(),
+            Some(error) => Failure::from(error).into(),
             None => Failure::new(
                 ErrorCode::StateCorrupt,
                 "the stored identity names no controller",
@@ -345,7 +345,7 @@ impl Uplink {
         });
         tracing::info!(code = failure.number(), why = %failure, "no controller");
         let severity = match failure.code {
-            ErrorCode::ControllerUnreachable | ErrorCode::TimedOut => Severity::Warn,
+            ErrorCode::ControllerUnreachable | ErrorCode::TimedOut | ErrorCode::Overloaded => Severity::Warn,
             _ => Severity::Bad,
         };
         let what = format!("{}: {}", failure.number(), failure.why);
@@ -388,10 +388,6 @@ impl Uplink {
     fn note(&self, change: impl FnOnce(&mut UplinkStatus)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
     }
-}
-
-fn connect_failure(error: ConnectError) -> Failure {
-    error.into()
 }
 
 async fn send(

@@ -103,17 +103,34 @@ impl PairFolder {
     /// [`FolderError::NotOurs`] for a folder with foreign content, [`FolderError::OtherPair`] for another
     /// pair's. Nothing in it has been changed.
     pub(crate) fn open(path: &Path, name: &str) -> Result<Self, FolderError> {
-        let folder = Self { fd: open_without_links(path)?, path: path.to_owned() };
-        match folder.read(MARKER)? {
-            Some(owner) if owner.trim() == name => Ok(folder),
+        let fd = open_without_links(path, Missing::Make)?.expect("what is missing was made");
+        let folder = Self { fd, path: path.to_owned() };
+        if !folder.is_marked(name)? {
+            folder.write_file(&folder.fd, MARKER, format!("{name}\n").as_bytes(), 0o644, None, None)?;
+        }
+        Ok(folder)
+    }
+
+    /// Whether [`open`](Self::open) would take `path`; makes and changes nothing.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(crate) fn check(path: &Path, name: &str) -> Result<(), FolderError> {
+        match open_without_links(path, Missing::Leave)? {
+            Some(fd) => Self { fd, path: path.to_owned() }.is_marked(name).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// `true`: this pair's folder; `false`: empty.
+    fn is_marked(&self, name: &str) -> Result<bool, FolderError> {
+        match self.read(MARKER)? {
+            Some(owner) if owner.trim() == name => Ok(true),
             Some(owner) => {
-                Err(FolderError::OtherPair { path: path.to_owned(), owner: owner.trim().to_owned() })
+                Err(FolderError::OtherPair { path: self.path.clone(), owner: owner.trim().to_owned() })
             }
-            None if folder.names()?.is_empty() => {
-                folder.write_file(&folder.fd, MARKER, format!("{name}\n").as_bytes(), 0o644, None, None)?;
-                Ok(folder)
-            }
-            None => Err(FolderError::NotOurs { path: path.to_owned() }),
+            None if self.names()?.is_empty() => Ok(false),
+            None => Err(FolderError::NotOurs { path: self.path.clone() }),
         }
     }
 
@@ -265,8 +282,16 @@ impl PairFolder {
     }
 }
 
-/// Walks from the root one name at a time, so that no link anywhere leads elsewhere.
-fn open_without_links(path: &Path) -> Result<OwnedFd, FolderError> {
+/// What to do about folders that are not there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    Make,
+    Leave,
+}
+
+/// Walks from the root one name at a time, so that no link anywhere leads elsewhere. `None` if a folder is
+/// missing and shall not be made.
+fn open_without_links(path: &Path, missing: Missing) -> Result<Option<OwnedFd>, FolderError> {
     let mut components = path.components();
     if components.next() != Some(Component::RootDir) {
         return Err(FolderError::Path { path: path.to_owned() });
@@ -281,21 +306,33 @@ fn open_without_links(path: &Path) -> Result<OwnedFd, FolderError> {
             return Err(FolderError::Path { path: path.to_owned() });
         };
         walked.push(name);
-        let mut opened = openat(&at, name, flags, Mode::empty());
-        if matches!(opened, Err(Errno::ENOENT)) {
-            match mkdirat(&at, name, Mode::from_bits_truncate(0o755)) {
-                Ok(()) | Err(Errno::EEXIST) => {}
-                Err(errno) => return Err(failed("make a folder", errno)),
-            }
-            opened = openat(&at, name, flags, Mode::empty());
-        }
+        let opened = match (openat(&at, name, flags, Mode::empty()), missing) {
+            (Err(Errno::ENOENT), Missing::Leave) => return Ok(None),
+            (Err(Errno::ENOENT), Missing::Make) => make_folder(&at, name),
+            (opened, _) => opened,
+        };
         at = match opened {
             Ok(fd) => fd,
             Err(Errno::ELOOP | Errno::ENOTDIR) => return Err(FolderError::Link { path: walked }),
             Err(errno) => return Err(failed("open a folder", errno)),
         };
     }
-    Ok(at)
+    Ok(Some(at))
+}
+
+/// A folder that services may enter, whatever the daemon's umask; what is in it guards itself.
+fn make_folder(at: &OwnedFd, name: &std::ffi::OsStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
+    match mkdirat(at, name, Mode::from_bits_truncate(0o755)) {
+        Ok(()) => {
+            let fd = openat(at, name, flags, Mode::empty())?;
+            fchmod(&fd, Mode::from_bits_truncate(0o755))?;
+            Ok(fd)
+        }
+        // Somebody was faster: it is theirs.
+        Err(Errno::EEXIST) => openat(at, name, flags, Mode::empty()),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn names_in(fd: OwnedFd) -> Result<Vec<String>, Errno> {
@@ -400,6 +437,9 @@ mod tests {
         assert!(matches!(PairFolder::open(&base.join("a/../b"), "api"), Err(FolderError::Path { .. })));
 
         let ours = base.join("ours");
+        PairFolder::check(&ours, "api").unwrap();
+        assert!(!ours.exists(), "a check makes nothing");
+        assert!(matches!(PairFolder::check(&path, "api"), Err(FolderError::NotOurs { .. })));
         PairFolder::open(&ours, "api").unwrap();
         PairFolder::open(&ours, "api").unwrap();
         assert!(matches!(PairFolder::open(&ours, "web"), Err(FolderError::OtherPair { .. })));

@@ -98,7 +98,14 @@ impl Manager {
             }
         };
         let live = records.keys().map(|name| (name.clone(), Live::default())).collect();
-        let task = Task { parts: self, records, live, jobs: JoinSet::new(), crls: Arc::default() };
+        let task = Task {
+            parts: self,
+            records,
+            live,
+            jobs: JoinSet::new(),
+            crls: Arc::default(),
+            granted: Vec::new(),
+        };
         task.run().await;
     }
 }
@@ -110,6 +117,8 @@ struct Task {
     jobs: JoinSet<Done>,
     /// The CRLs that stand in the folders.
     crls: Arc<Vec<pb::Crl>>,
+    /// Names that policy granted when we last looked.
+    granted: Vec<String>,
 }
 
 impl Task {
@@ -228,7 +237,7 @@ impl Task {
             ));
         }
         // Before anything is asked for: a folder that is refused would leave a certificate nobody can use.
-        PairFolder::open(&definition.out, definition.name()).map(drop).map_err(Failure::from)
+        PairFolder::check(&definition.out, definition.name()).map_err(Failure::from)
     }
 
     fn renew(&mut self, name: &str, reply: Answer) {
@@ -262,6 +271,11 @@ impl Task {
     /// The controller's word on our names: stop, or issue anew with a new key.
     fn take_own(&mut self, own: &pb::Own) {
         let mut changed = false;
+        if self.granted != own.granted_names {
+            self.granted.clone_from(&own.granted_names);
+            // What was refused for want of a grant may be granted now.
+            self.live.values_mut().for_each(|live| live.ask_after = None);
+        }
         for record in self.records.values_mut() {
             let names = |list: &[String]| record.definition.names.iter().any(|name| list.contains(name));
             let (stopped, reissue) = (names(&own.stopped_names), names(&own.reissue_names));

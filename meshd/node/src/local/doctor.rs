@@ -84,7 +84,10 @@ fn network(report: &mut Report, network: &NetworkStatus) {
 
 /// Standing findings count as checks that failed.
 fn finish(mut report: Report, node: &Node) -> pb::DoctorReport {
-    let standing = node.findings.list();
+    // What a check above has said already is not said twice.
+    let checked: Vec<&str> = report.findings.iter().map(|finding| finding.subject.as_str()).collect();
+    let mut standing = node.findings.list();
+    standing.retain(|finding| !checked.iter().any(|subject| finding.subject.ends_with(subject)));
     report.checks += u32::try_from(standing.len()).unwrap_or(u32::MAX);
     report.findings.extend(standing);
     pb::DoctorReport { findings: report.findings, checks: report.checks, passed: report.passed }
