@@ -144,7 +144,7 @@ impl Controller {
         let anchors = TrustAnchors::new(domain.clone(), [authority.root_der()])
             .map_err(|error| StartupError::internal("cannot use the root CA", error))?;
         let anchors = Arc::new(anchors);
-        let tls = server_config(Arc::clone(&anchors), own.served())
+        let tls = server_config(Arc::clone(&anchors), own.served(), Arc::clone(&clock))
             .map_err(|error| StartupError::internal("cannot configure TLS", error))?;
         let stop = ShutdownToken::new();
         let denials = Denials::default();

@@ -2,13 +2,16 @@
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use mesh_ca::{ClientVerifier, TrustAnchors, Usage, VerifiedLeaf, verify_chain_expired_ok};
+use mesh_runtime::SharedClock;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::CertificateDer;
+use rustls::time_provider::TimeProvider;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use time::UtcDateTime;
 
 /// The controller's current certificate; renewals swap it under running handshakes.
@@ -45,6 +48,17 @@ fn provider() -> CryptoProvider {
     CryptoProvider { kx_groups: preferred, ..default_provider() }
 }
 
+/// rustls asks the same clock as the rest of the process.
+#[derive(Debug)]
+struct ClockForTls(SharedClock);
+
+impl TimeProvider for ClockForTls {
+    fn current_time(&self) -> Option<UnixTime> {
+        let seconds = u64::try_from(self.0.utc_now().unix_timestamp()).ok()?;
+        Some(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+    }
+}
+
 /// TLS 1.3 with optional client certificates.
 ///
 /// Nothing is resumed: a resumed session carries no certificate, so that a revoked client could come
@@ -55,11 +69,13 @@ fn provider() -> CryptoProvider {
 pub(crate) fn server_config(
     anchors: Arc<TrustAnchors>,
     certificate: Arc<ServedCertificate>,
+    clock: SharedClock,
 ) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(ClientVerifier::new(anchors)))
         .with_cert_resolver(certificate);
+    config.time_provider = Arc::new(ClockForTls(clock));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;

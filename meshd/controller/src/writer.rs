@@ -70,7 +70,7 @@ impl Committed {
 
 /// What the thread is sent.
 enum Message {
-    Job(Job),
+    Job(Box<Job>),
     Stop,
 }
 
@@ -108,7 +108,7 @@ impl Writer {
     /// Runs a command and waits until it is durable.
     pub(crate) async fn submit(&self, request: Request) -> Result<Committed, WriteError> {
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Message::Job(Job { request, answer })).map_err(|error| match error {
+        self.queue.try_send(Message::Job(Box::new(Job { request, answer }))).map_err(|error| match error {
             TrySendError::Full(_) => WriteError::Overloaded,
             TrySendError::Disconnected(_) => WriteError::Unknown,
         })?;
@@ -182,7 +182,7 @@ impl Thread {
 
     fn run(mut self, jobs: &Receiver<Message>) {
         while let Ok(Message::Job(first)) = jobs.recv() {
-            let (mut waiting, stopped) = gather(first, jobs);
+            let (mut waiting, stopped) = gather(*first, jobs);
             for round in 0.. {
                 if waiting.is_empty() {
                     break;
@@ -366,7 +366,7 @@ fn gather(first: Job, jobs: &Receiver<Message>) -> (Vec<Job>, bool) {
             },
         };
         match message {
-            Message::Job(job) => waiting.push(job),
+            Message::Job(job) => waiting.push(*job),
             Message::Stop => return (waiting, true),
         }
     }

@@ -1,7 +1,7 @@
 //! A controller on loopback in this process, and clients that speak to it as nodes and operators do.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +33,7 @@ pub(crate) struct Running {
     pub(crate) address: SocketAddr,
     pub(crate) socket: PathBuf,
     pub(crate) root: CertificateDer<'static>,
+    clock: SharedClock,
     shutdown: ShutdownToken,
     task: JoinHandle<Result<(), StartupError>>,
 }
@@ -51,10 +52,6 @@ impl Mesh {
 
     pub(crate) fn state_dir(&self) -> PathBuf {
         self.folder.path().join("state")
-    }
-
-    pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
     }
 
     pub(crate) fn init_config(&self) -> InitConfig {
@@ -93,7 +90,9 @@ impl Mesh {
         let address = controller.local_addr().unwrap();
         let shutdown = ShutdownToken::new();
         let task = tokio::spawn(controller.run(shutdown.clone()));
-        let mut running = Running { address, socket, root: CertificateDer::from(vec![]), shutdown, task };
+        let clock = Arc::clone(&self.clock);
+        let root = CertificateDer::from(vec![]);
+        let mut running = Running { address, socket, root, clock, shutdown, task };
         let ca = pb::ca_client::CaClient::new(running.local().await).show(pb::Empty {}).await.unwrap();
         running.root = CertificateDer::from(ca.into_inner().roots[0].der.to_vec());
         running
@@ -141,7 +140,7 @@ impl Running {
         &self,
         identity: Option<&Identity>,
     ) -> Result<Channel, tonic::transport::Error> {
-        connect(self.address, client_config(self.anchors(), identity)).await
+        connect(self.address, client_config(self.anchors(), identity, &self.clock)).await
     }
 
     pub(crate) async fn token(&self, request: pb::CreateTokenRequest) -> JoinToken {
@@ -187,14 +186,18 @@ pub(crate) fn operation() -> Vec<u8> {
 }
 
 /// A certificate and its key.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) leaf: Vec<u8>,
     pub(crate) issuer: Vec<u8>,
     pub(crate) key: Arc<LeafKey>,
 }
 
-pub(crate) fn client_config(anchors: Arc<TrustAnchors>, identity: Option<&Identity>) -> ClientConfig {
+pub(crate) fn client_config(
+    anchors: Arc<TrustAnchors>,
+    identity: Option<&Identity>,
+    clock: &SharedClock,
+) -> ClientConfig {
     let builder =
         ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -203,13 +206,43 @@ pub(crate) fn client_config(anchors: Arc<TrustAnchors>, identity: Option<&Identi
             .with_custom_certificate_verifier(Arc::new(ControllerVerifier::new(anchors, None)));
     let mut config = match identity {
         None => builder.with_no_client_auth(),
-        Some(identity) => {
-            let chain = [&identity.leaf, &identity.issuer].map(|der| CertificateDer::from(der.clone()));
-            builder.with_client_auth_cert(chain.to_vec(), identity.key.to_rustls_der()).unwrap()
-        }
+        Some(identity) => builder.with_client_cert_resolver(Arc::new(Shown::of(identity))),
     };
     config.alpn_protocols = vec![b"h2".to_vec()];
+    config.time_provider = Arc::new(TestTime(Arc::clone(clock)));
     config
+}
+
+/// Shows a certificate with a key, whether they belong together or not.
+#[derive(Debug)]
+struct Shown(Arc<rustls::sign::CertifiedKey>);
+
+impl Shown {
+    fn of(identity: &Identity) -> Self {
+        let chain = [&identity.leaf, &identity.issuer].map(|der| CertificateDer::from(der.clone()));
+        let key = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&identity.key.to_rustls_der()).unwrap();
+        Self(Arc::new(rustls::sign::CertifiedKey::new(chain.to_vec(), key)))
+    }
+}
+
+impl rustls::client::ResolvesClientCert for Shown {
+    fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<rustls::sign::CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+#[derive(Debug)]
+struct TestTime(SharedClock);
+
+impl rustls::time_provider::TimeProvider for TestTime {
+    fn current_time(&self) -> Option<rustls_pki_types::UnixTime> {
+        let seconds = self.0.utc_now().unix_timestamp().try_into().ok()?;
+        Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+    }
 }
 
 pub(crate) fn pinned_config(pin: [u8; 32]) -> (ClientConfig, Arc<PinnedControllerVerifier>) {
@@ -316,7 +349,7 @@ impl Candidate {
 }
 
 /// An enrolled machine.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Node {
     pub(crate) identity: Identity,
     pub(crate) enrolled: pb::NodeIdentity,
@@ -324,10 +357,6 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    pub(crate) fn name(&self) -> &str {
-        &self.enrolled.name
-    }
-
     pub(crate) fn id(&self) -> u32 {
         self.enrolled.node_id
     }
@@ -349,4 +378,97 @@ pub(crate) fn code(status: &tonic::Status) -> pb::ErrorCode {
 /// Waits for something that has to happen, and fails loudly when it does not.
 pub(crate) async fn within<T>(limit: Duration, what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(limit, future).await.unwrap_or_else(|_| panic!("{what}: not within {limit:?}"))
+}
+
+/// A node's sync stream, driven by hand.
+pub(crate) struct SyncStream {
+    requests: tokio::sync::mpsc::Sender<pb::SyncRequest>,
+    responses: tonic::Streaming<pb::SyncResponse>,
+}
+
+/// How long a message of the controller may take in these tests.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl SyncStream {
+    pub(crate) async fn open(
+        channel: Channel,
+        hello: pb::sync_request::Hello,
+    ) -> Result<Self, tonic::Status> {
+        let (requests, outgoing) = tokio::sync::mpsc::channel(16);
+        let first = pb::sync_request::Request::Hello(hello);
+        requests.send(pb::SyncRequest { request: Some(first) }).await.unwrap();
+        let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+        let mut client = pb::sync_client::SyncClient::new(channel);
+        let responses = client.sync(outgoing).await?.into_inner();
+        Ok(Self { requests, responses })
+    }
+
+    /// Opens a stream of `node` without a cursor and takes the full map.
+    pub(crate) async fn of(running: &Running, node: &Node) -> (Self, pb::Full) {
+        let hello = pb::sync_request::Hello { wireguard_port: 51820, ..Default::default() };
+        let mut stream = Self::open(running.member(&node.identity).await, hello).await.unwrap();
+        let full = stream.full().await;
+        (stream, full)
+    }
+
+    /// The next message, whatever it is; `None` at the end of the stream.
+    pub(crate) async fn next(&mut self) -> Result<Option<pb::SyncResponse>, tonic::Status> {
+        within(PATIENCE, "a sync message", self.responses.message()).await
+    }
+
+    async fn body(&mut self) -> pb::sync_response::Response {
+        self.next().await.unwrap().expect("the stream goes on").response.unwrap()
+    }
+
+    pub(crate) async fn full(&mut self) -> pb::Full {
+        loop {
+            match self.body().await {
+                pb::sync_response::Response::Full(full) => return full,
+                pb::sync_response::Response::Hints(_) => {}
+                other => panic!("expected a full map: {other:?}"),
+            }
+        }
+    }
+
+    pub(crate) async fn delta(&mut self) -> pb::Delta {
+        loop {
+            match self.body().await {
+                pb::sync_response::Response::Delta(delta) => return delta,
+                pb::sync_response::Response::Hints(_) => {}
+                other => panic!("expected a delta: {other:?}"),
+            }
+        }
+    }
+
+    pub(crate) async fn hints(&mut self) -> pb::Hints {
+        loop {
+            if let pb::sync_response::Response::Hints(hints) = self.body().await {
+                return hints;
+            }
+        }
+    }
+
+    pub(crate) async fn send(&self, request: pb::sync_request::Request) {
+        self.requests.send(pb::SyncRequest { request: Some(request) }).await.unwrap();
+    }
+
+    pub(crate) async fn ack(&self, seq: u64, crls: Vec<pb::CrlHave>) {
+        self.send(pb::sync_request::Request::Ack(pb::sync_request::Ack { seq, crls, findings: vec![] }))
+            .await;
+    }
+
+    /// Takes messages until the stream ends; what the goodbye said, if there was one.
+    pub(crate) async fn end(mut self) -> Option<pb::ErrorCode> {
+        let mut reason = None;
+        loop {
+            match self.next().await {
+                Ok(Some(message)) => {
+                    if let Some(pb::sync_response::Response::Goodbye(goodbye)) = message.response {
+                        reason = Some(goodbye.reason.unwrap().code());
+                    }
+                }
+                Ok(None) | Err(_) => return reason,
+            }
+        }
+    }
 }

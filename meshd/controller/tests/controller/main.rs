@@ -2,3 +2,10 @@
 
 mod enrollment;
 mod harness;
+mod journal;
+mod operators;
+mod posing;
+mod revocation;
+mod startup;
+mod sync;
+mod tls;
