@@ -309,10 +309,17 @@ fn addresses_exhausted() -> Problem {
     )
 }
 
-/// The node's clock differs so much that certificates would be refused; worth a line in the log.
-pub(crate) fn log_clock_offset(node: &str, node_time: i64, now: UtcTime) {
+/// Refuses a node whose clock is so far off that its certificate would not yet, or no longer, hold there.
+/// Nothing was looked at and no token is touched. 0 means that the node did not say.
+pub(crate) fn check_clock(node_time: i64, now: UtcTime) -> Result<(), Problem> {
     let offset = node_time.saturating_sub(now.unix());
-    if node_time != 0 && offset.unsigned_abs() > mesh_ca::CLOCK_SKEW_ALLOWANCE.as_secs() {
-        tracing::warn!(node, offset_secs = offset, "a node's clock differs from ours");
+    if node_time == 0 || offset.unsigned_abs() <= mesh_ca::CLOCK_SKEW_ALLOWANCE.as_secs() {
+        return Ok(());
     }
+    let (minutes, direction) = (offset.unsigned_abs() / 60, if offset > 0 { "ahead" } else { "behind" });
+    Err(Problem::new(
+        pb::ErrorCode::ClockOff,
+        format!("the node's clock differs by {minutes} min from the controller's: it is {direction}"),
+        "set this machine's clock (`timedatectl`), then enroll again; the token is intact",
+    ))
 }

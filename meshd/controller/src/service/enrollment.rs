@@ -5,7 +5,7 @@ use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
-use crate::enroll::{Enrollment, TokenClaim, log_clock_offset};
+use crate::enroll::{Enrollment, TokenClaim, check_clock};
 use crate::parts::Parts;
 use crate::status::Problem;
 use crate::wireguard;
@@ -24,7 +24,7 @@ impl pb::enrollment_server::Enrollment for EnrollmentService {
             _ => None,
         };
         let request = request.into_inner();
-        log_clock_offset(&request.name, request.node_time, self.0.utc());
+        check_clock(request.node_time, self.0.utc())?;
         let enrollment = Enrollment::try_from(request)?; // nothing unchecked passes this line
         Ok(Response::new(self.0.enroller.enroll(source, enrollment).await?))
     }
