@@ -43,6 +43,7 @@ mod offload;
 mod packet;
 mod peer;
 mod registry;
+mod unreachable;
 
 mod engine;
 mod housekeeper;

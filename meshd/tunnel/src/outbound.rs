@@ -1,5 +1,6 @@
 //! The thread from the interface to the network.
 
+use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use crate::packet::{self, DATA_OVERHEAD, DATAGRAM_MAX};
 use crate::peer::{BUFFER_BYTES, Outgoing, Peer, Sent};
 use crate::tun::{READ_BYTES, Tun};
 use crate::udp::Udp;
+use crate::unreachable::{self, ANSWER_BYTES, Limit};
 use crate::wake::{self, READABLE};
 
 /// Packets taken from the interface before the wake-ups are looked at again.
@@ -33,6 +35,7 @@ pub(crate) struct Outbound {
     batch: Batch,
     /// A datagram that does not go with others.
     single: Vec<u8>,
+    answers: Limit,
 }
 
 impl Outbound {
@@ -47,6 +50,7 @@ impl Outbound {
             segment: buffer(),
             batch: Batch::new(),
             single: buffer(),
+            answers: Limit::new(Instant::now()),
         }
     }
 
@@ -104,9 +108,15 @@ impl Outbound {
             return count(&counters.tx_malformed);
         };
         let Some(destination) = packet::destination(packet) else { return count(&counters.tx_malformed) };
-        let Some(peer) = shared.registry().by_address(destination).cloned() else {
-            return count(&counters.tx_no_peer);
+        let found = shared.registry().by_address(destination).cloned();
+        let Some(peer) = found else {
+            count(&counters.tx_no_peer);
+            return self.refuse(packet, now);
         };
+        if peer.lock().endpoint().is_none() {
+            count(&counters.tx_no_endpoint);
+            return self.refuse(packet, now);
+        }
         let Some(mut segments) = Segments::new(&Header::parse(header), packet) else {
             return count(&counters.tx_malformed);
         };
@@ -117,6 +127,18 @@ impl Outbound {
             } else if segments.next_length().is_some() {
                 self.flush();
             }
+        }
+    }
+
+    /// Tells the host that a packet cannot be sent.
+    fn refuse(&mut self, packet: &[u8], now: Instant) {
+        let mut bytes = [0; ANSWER_BYTES];
+        if self.answers.allows(now)
+            && let Some(length) = unreachable::answer(packet, &mut bytes)
+        {
+            let header = Header::default().bytes();
+            // If the host does not take it, it waits, as it would have without.
+            let _ = self.tun.write(&[IoSlice::new(&header), IoSlice::new(&bytes[..length])]);
         }
     }
 
@@ -145,8 +167,7 @@ impl Outbound {
                     self.single[..outgoing.length].copy_from_slice(handshake);
                     return Some(outgoing);
                 }
-                Sent::NoEndpoint => count(&counters.tx_no_endpoint),
-                Sent::Queued | Sent::Gone => {}
+                Sent::NoEndpoint | Sent::Queued | Sent::Gone => {}
             }
         }
         None

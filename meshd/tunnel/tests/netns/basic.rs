@@ -72,6 +72,20 @@ netns_tests! {
         a.namespace.ping(b.inner4);
     }
 
+    fn who_has_no_peer_or_endpoint_is_unreachable_at_once() {
+        let (a, b) = two_ends();
+        // Known, but nobody knows where it is.
+        a.tunnel.set_peer(b.as_peer(None)).unwrap();
+        let stranger4 = "10.214.0.77".parse().unwrap();
+        let stranger6 = "fd14::77".parse().unwrap();
+        for address in [stranger4, stranger6, b.inner4, b.inner6] {
+            let result = a.namespace.run(|| TcpStream::connect_timeout(&(address, 9).into(), DEADLINE));
+            assert_eq!(result.unwrap_err().kind(), std::io::ErrorKind::HostUnreachable, "{address}");
+        }
+        let counters = a.tunnel.counters();
+        assert_eq!((counters.tx_no_peer, counters.tx_no_endpoint), (2, 2), "{counters:?}");
+    }
+
     fn tcp_carries_megabytes_unchanged_both_ways() {
         let (a, b) = connected();
         for (server, client, address) in [(&b, &a, b.inner4), (&a, &b, a.inner6)] {
