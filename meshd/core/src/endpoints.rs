@@ -151,6 +151,7 @@ impl Endpoints {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test needs some instant to begin with")]
 mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;

@@ -165,6 +165,7 @@ fn pause(tries: u32, endpoints: usize, rng: &mut StdRng) -> Duration {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test needs some instant to begin with")]
 mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;

@@ -235,6 +235,11 @@ fn identities_are_not_revoked_as_certificates() {
     let serial = mesh.world.controller_serial().unwrap();
     let command = Command::RevokeCertificates { which: Which::Serial(serial), reason: Reason::Unspecified };
     assert_eq!(mesh.refused(Actor::LocalRoot, command), Refusal::ControllerIdentity { serial });
+    mesh.wait(4 * DAY);
+    let which = Which::Serial(alpha.serial);
+    let refusal =
+        mesh.refused(Actor::LocalRoot, Command::RevokeCertificates { which, reason: Reason::Unspecified });
+    assert!(matches!(refusal, Refusal::NodeIdentity { .. }), "an expired identity may still resume");
     let command = revoke_name("nobody.mesh.internal", Reason::Unspecified);
     assert!(matches!(mesh.refused(Actor::LocalRoot, command), Refusal::CertificateNotFound { .. }));
 }
@@ -331,4 +336,16 @@ fn crl_numbers_have_no_gap_and_cover_what_exists() {
     mesh.ok(Actor::Controller, crl(2, head, next));
     mesh.already_done(Actor::Controller, crl(2, head, next));
     assert_eq!(mesh.world.last_crl_number(&issuer(), 0), 2);
+}
+
+#[test]
+fn a_pair_that_has_dropped_a_revoked_name_goes_on() {
+    let mut mesh = Fixture::new();
+    let alpha = mesh.enroll("alpha", &[]);
+    let old = mesh.issue(&alpha, &["a.alpha.mesh.internal", "b.alpha.mesh.internal"]);
+    let new = mesh.issue(&alpha, &["a.alpha.mesh.internal"]);
+    mesh.ok(Actor::LocalRoot, revoke_name("b.alpha.mesh.internal", Reason::Unspecified));
+    assert!(mesh.world.certificate(&old.serial).unwrap().revoked.is_some());
+    assert!(mesh.world.certificate(&new.serial).unwrap().revoked.is_none());
+    assert!(mesh.world.stopped_names(alpha.id).is_empty());
 }

@@ -314,3 +314,102 @@ fn impossible_tokens_are_refused() {
     mesh.ok(Actor::LocalRoot, token(1, soon, None));
     assert!(matches!(mesh.refused(Actor::LocalRoot, token(1, soon, None)), Refusal::TokenExists { .. }));
 }
+
+#[test]
+fn an_operation_id_does_not_answer_for_a_node_that_was_revoked_since() {
+    let mut mesh = Fixture::new();
+    let token = mesh.token(None, &[], 1, false);
+    let command = mesh.enrollment(token, "alpha");
+    let operation = mesh_core::OperationId([4; 16]);
+    let request = mesh_core::Request { actor: anonymous(token), operation, command };
+    assert!(mesh.run(&request).is_ok());
+    assert_eq!(mesh.run(&request), Ok(mesh_core::Decision::AlreadyDone));
+    mesh.ok(Actor::LocalRoot, revoke_node(&enrolled(request.command.clone())));
+    assert!(matches!(mesh.run(&request), Err(Refusal::NodeRevoked { .. })));
+}
+
+#[test]
+fn the_keys_of_a_pending_node_are_taken() {
+    let mut mesh = Fixture::new();
+    let alpha = mesh.enroll("alpha", &[]);
+    let token = mesh.token(None, &[], 3, true);
+    let (key_hash, wireguard) = (KeyHash([1; 32]), WgKey([1; 32]));
+    let request = |name: &str, key_hash, wireguard| Command::RequestEnrollment {
+        token,
+        name: name.try_into().unwrap(),
+        key_hash,
+        wireguard,
+    };
+    mesh.ok(anonymous(token), request("bravo", key_hash, wireguard));
+    let refusal = mesh.refused(anonymous(token), request("charlie", key_hash, WgKey([2; 32])));
+    assert_eq!(refusal, Refusal::KeyInUse { key_hash });
+    let refusal = mesh.refused(anonymous(token), request("charlie", KeyHash([2; 32]), wireguard));
+    assert_eq!(refusal, Refusal::WireguardKeyInUse { key: wireguard });
+    let refusal = mesh.refused(anonymous(token), request("bravo", KeyHash([2; 32]), WgKey([2; 32])));
+    assert!(matches!(refusal, Refusal::NameTaken { .. }));
+    let mut service = mesh.service(&alpha, &["alpha.mesh.internal"]);
+    service.key_hash = key_hash;
+    assert_eq!(mesh.refused(alpha.actor(), issue(&service)), Refusal::KeyInUse { key_hash });
+}
+
+#[test]
+fn the_key_of_an_identity_that_may_resume_is_taken() {
+    let mut mesh = Fixture::new();
+    let alpha = mesh.enroll("alpha", &[]);
+    let key_hash = mesh.world.node(alpha.id).unwrap().current.as_ref().unwrap().key_hash;
+    let (renewal, serial) = mesh.renewal(&alpha, false);
+    mesh.ok(alpha.actor(), renewal);
+    let newest = mesh.world.certificate(&serial).unwrap().key_hash;
+    mesh.wait(5 * DAY);
+    let bravo = mesh.enroll("bravo", &[]);
+    for key_hash in [key_hash, newest] {
+        let mut service = mesh.service(&bravo, &["bravo.mesh.internal"]);
+        service.key_hash = key_hash;
+        assert_eq!(mesh.refused(bravo.actor(), issue(&service)), Refusal::KeyInUse { key_hash });
+    }
+}
+
+#[test]
+fn a_revoked_machine_is_told_so_even_when_its_token_is_void() {
+    let mut mesh = Fixture::new();
+    let token = mesh.token(None, &[], 5, false);
+    let alpha = mesh.enroll_with(token, "alpha");
+    mesh.ok(Actor::LocalRoot, revoke_node(&alpha));
+    let refusal = mesh.refused(anonymous(token), alpha.enrollment.clone());
+    assert!(matches!(refusal, Refusal::NodeRevoked { .. }), "{refusal}");
+    let command = mesh.enrollment(token, "bravo");
+    assert_eq!(mesh.refused(anonymous(token), command), Refusal::TokenRevoked { id: token });
+}
+
+#[test]
+fn the_same_keys_under_another_token_are_no_retry() {
+    let mut mesh = Fixture::new();
+    let alpha = mesh.enroll("alpha", &[]);
+    let token = mesh.token(None, &[], 1, false);
+    let mut command = alpha.enrollment.clone();
+    if let Command::Enroll { token: used, .. } = &mut command {
+        *used = token;
+    }
+    assert!(matches!(mesh.refused(anonymous(token), command), Refusal::KeyInUse { .. }));
+}
+
+#[test]
+fn an_approved_node_keeps_its_index() {
+    let mut mesh = Fixture::new();
+    let token = mesh.token(None, &[], 1, true);
+    let enrollment = mesh.enrollment(token, "alpha");
+    let Command::Enroll { node, name, wireguard, certificate, .. } = enrollment.clone() else {
+        unreachable!()
+    };
+    let key_hash = certificate.key_hash;
+    mesh.ok(anonymous(token), Command::RequestEnrollment { token, name: name.clone(), key_hash, wireguard });
+    mesh.ok(Actor::LocalRoot, Command::ApproveNode { node });
+    let mut elsewhere = mesh.enrollment(token, "alpha");
+    let other = mesh.world.next_node_id();
+    if let Command::Enroll { certificate, wireguard: key, .. } = &mut elsewhere {
+        (certificate.key_hash, *key) = (key_hash, wireguard);
+    }
+    assert_ne!(other, node);
+    assert_eq!(mesh.refused(anonymous(token), elsewhere), Refusal::NodeIdTaken { node: other });
+    mesh.ok(anonymous(token), enrollment);
+}

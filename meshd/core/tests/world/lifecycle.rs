@@ -247,6 +247,21 @@ fn a_snapshot_is_the_whole_world() {
 }
 
 #[test]
+fn an_operation_id_that_comes_twice_is_remembered_once() {
+    let mut mesh = Fixture::new();
+    let operation = OperationId([8; 16]);
+    let hold = Request { actor: Actor::Controller, operation, command: Command::HoldClock };
+    assert!(mesh.run(&hold).is_ok());
+    mesh.ok(Actor::LocalRoot, Command::ConfirmClock);
+    mesh.wait(HOUR);
+    assert!(mesh.run(&hold).is_ok());
+    assert_eq!(mesh.world.operation(&operation).unwrap().seq, mesh.world.head_seq());
+    let mut bytes = Vec::new();
+    ciborium::into_writer(&mesh.world, &mut bytes).unwrap();
+    assert_eq!(ciborium::from_reader::<World, _>(bytes.as_slice()).unwrap(), mesh.world);
+}
+
+#[test]
 fn every_name_has_at_most_one_owner() {
     let mut mesh = Fixture::with_policy("[[grant]]\nnames = [\"api.mesh.internal\"]\nto = [\"tag:web\"]");
     let alpha = mesh.enroll("alpha", &[]);

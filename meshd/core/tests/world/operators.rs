@@ -127,3 +127,15 @@ fn an_expired_or_foreign_operator_is_nobody() {
     mesh.wait(73 * HOUR);
     assert!(matches!(mesh.refused(alice, policy()), Refusal::IdentityExpired { .. }));
 }
+
+#[test]
+fn the_login_token_of_a_former_namesake_is_worth_nothing() {
+    let mut mesh = Fixture::new();
+    mesh.operator("alice", Role::Admin);
+    let old = mesh.world.operator(&name("alice")).unwrap().login;
+    mesh.ok(Actor::LocalRoot, Command::RemoveOperator { name: name("alice") });
+    mesh.operator("alice", Role::Auditor);
+    let certificate = mesh.certificate(Owner::Operator(name("alice")), "operator", Serial([9; 16]));
+    let login = Command::LoginOperator { token: old, certificate };
+    assert_eq!(mesh.refused(anonymous(old), login), Refusal::TokenUnknown { id: old });
+}

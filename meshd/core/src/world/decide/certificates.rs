@@ -141,25 +141,24 @@ impl World {
         if matched.is_empty() {
             return self.revoke_nothing(actor, which);
         }
+        // A name that both a node and a service carry means the service.
+        let is_service =
+            |c: &CertificateState| matches!(c.owner, Owner::Service { .. } | Owner::Detached { .. });
+        let services_only = matches!(which, Which::Name(_)) && matched.iter().any(|c| is_service(c));
+        let meant = matched.into_iter().filter(|c| c.revoked.is_none() && (is_service(c) || !services_only));
+        let meant: Vec<&CertificateState> = meant.collect();
+        meant.iter().try_for_each(|certificate| self.check_revocable(which, certificate))?;
         let mut live: BTreeMap<Serial, &CertificateState> =
-            matched.iter().filter(|c| c.is_live(now.at)).map(|c| (c.serial, *c)).collect();
-        if let Which::Name(_) = which {
-            let is_service =
-                |c: &CertificateState| matches!(c.owner, Owner::Service { .. } | Owner::Detached { .. });
-            if matched.iter().any(|c| is_service(c)) {
-                live.retain(|_, certificate| is_service(certificate));
-            }
-        }
+            meant.into_iter().filter(|c| c.is_live(now.at)).map(|c| (c.serial, c)).collect();
         if is_compromise(reason) {
             let keys: Vec<KeyHash> = live.values().map(|c| c.key_hash).collect();
             let shared = keys.iter().flat_map(|key| self.matching(&Which::KeyHash(*key)));
             live.extend(shared.filter(|c| c.is_live(now.at)).map(|c| (c.serial, c)));
         }
-        live.values().try_for_each(|certificate| self.check_revocable(which, certificate))?;
         let mut changes: Vec<Change> =
             live.keys().map(|serial| Change::CertificateRevoked { serial: *serial, reason }).collect();
         changes.extend(self.blocked_by(now, which, reason, &live));
-        changes.extend(self.stopped_by(now, which, reason, &live));
+        changes.extend(self.stopped_by(now, reason, &live));
         Ok(Decision::from_changes(changes))
     }
 
@@ -222,8 +221,7 @@ impl World {
         let blocked = keys.into_iter().filter(move |key| {
             let rest = self.matching(&Which::KeyHash(*key));
             let mut rest = rest.into_iter().filter(|c| c.is_live(now.at) && !ended.contains_key(&c.serial));
-            let all = matches!(which, Which::KeyHash(_)) || is_compromise(reason) || rest.next().is_none();
-            all && !self.key_blocked(key)
+            matches!(which, Which::KeyHash(_)) || is_compromise(reason) || rest.next().is_none()
         });
         blocked.map(|key_hash| Change::KeyBlocked { key_hash })
     }
@@ -233,7 +231,6 @@ impl World {
     fn stopped_by(
         &self,
         now: At<'_>,
-        which: &Which,
         reason: Reason,
         ended: &BTreeMap<Serial, &CertificateState>,
     ) -> Vec<Change> {
@@ -251,10 +248,9 @@ impl World {
                 self.certificates_of(id).filter(|c| c.owner.node() == Some(id) && c.pair_name == pair);
             let left = same_pair.filter(|c| c.is_live(now.at) && !ended.contains_key(&c.serial));
             let newer_left = left.map(|c| c.issued_seq).max() > newest_lost;
-            if newer_left && !matches!(which, Which::Name(_)) {
-                continue;
+            if !newer_left {
+                changes.extend(pair_loss(node, pair, &lost, reason));
             }
-            changes.extend(pair_loss(node, pair, &lost, reason));
         }
         changes
     }
