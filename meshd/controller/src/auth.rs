@@ -138,6 +138,7 @@ pub(crate) const TABLE: &[(&str, &[Kind])] = &[
     ("/mesh.v1.Audit/Verify", OPERATORS),
     ("/mesh.v1.Ca/Show", OPERATORS),
     ("/mesh.v1.Fleet/Status", OPERATORS),
+    ("/mesh.v1.Fleet/ConfirmClock", OPERATORS),
 ];
 
 /// Who may call `path`; `None` for a method that does not exist.

@@ -2,6 +2,7 @@
 //! Strangers only reach the log: whoever can fill the journal with refusals can fill the disk.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_core::{Denial, UtcTime};
@@ -11,22 +12,31 @@ use crate::auth::{Caller, method_name};
 /// Kinds of refusals kept between two records; more are only counted in the last one.
 const KINDS_MAX: usize = 256;
 
+/// Lines about strangers in the log between two records; the rest is one number.
+const STRANGER_LINES_MAX: u64 = 50;
+
 type Key = (String, String, String);
 
 /// Refusals since the last record.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Denials(Arc<Mutex<BTreeMap<Key, Denial>>>);
+pub(crate) struct Denials {
+    known: Arc<Mutex<BTreeMap<Key, Denial>>>,
+    strangers: Arc<AtomicU64>,
+}
 
 impl Denials {
     /// Counts that `caller` was refused `path`.
     pub(crate) fn note(&self, caller: &Caller, path: &str, reason: &str, at: UtcTime) {
         if let Caller::Anonymous { address } = caller {
-            tracing::info!(?address, method = method_name(path), reason, "stranger refused");
+            let count = self.strangers.fetch_add(1, Ordering::Relaxed);
+            if count < STRANGER_LINES_MAX {
+                tracing::info!(?address, method = method_name(path), reason, "stranger refused");
+            }
             return;
         }
         tracing::warn!(caller = caller.describe(), method = method_name(path), reason, "refused");
         let key = (caller.describe(), method_name(path).to_owned(), reason.to_owned());
-        let mut denials = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut denials = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if !denials.contains_key(&key) && denials.len() >= KINDS_MAX {
             return;
         }
@@ -44,7 +54,11 @@ impl Denials {
 
     /// Everything counted so far; counting starts over.
     pub(crate) fn take(&self) -> Vec<Denial> {
-        let mut denials = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let strangers = self.strangers.swap(0, Ordering::Relaxed);
+        if strangers > STRANGER_LINES_MAX {
+            tracing::info!(count = strangers, "strangers refused, most of them without a line here");
+        }
+        let mut denials = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::take(&mut *denials).into_values().collect()
     }
 }

@@ -2,10 +2,12 @@
 
 use std::convert::Infallible;
 use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use futures::FutureExt as _;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use mesh_core::{NodeId, Owner, Serial, UtcTime, World};
@@ -141,8 +143,14 @@ impl Service<Request<Incoming>> for Gate {
             Ok(caller) => {
                 request.extensions_mut().insert(caller);
                 request.extensions_mut().insert(Arc::clone(&self.connection));
-                let answer = self.routes.call(request);
-                Box::pin(answer)
+                let answer = AssertUnwindSafe(self.routes.call(request)).catch_unwind();
+                // A handler that panics answers for itself alone: it holds no lock that others trust.
+                Box::pin(answer.map(|done| {
+                    done.unwrap_or_else(|_| {
+                        let status = tonic::Status::from(Problem::internal("a handler panicked"));
+                        Ok(status.into_http())
+                    })
+                }))
             }
             Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
         }

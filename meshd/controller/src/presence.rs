@@ -36,6 +36,8 @@ pub(crate) struct NodePresence {
 struct Inner {
     nodes: BTreeMap<NodeId, NodePresence>,
     closers: BTreeMap<NodeId, CancellationToken>,
+    /// Who changed its endpoints last, by version, so that a stream looks at changes only.
+    by_version: BTreeMap<u64, NodeId>,
     next_session: u64,
     next_version: u64,
 }
@@ -117,7 +119,9 @@ impl Presence {
     /// Forgets a node that will not come back.
     pub(crate) fn forget(&self, node: NodeId) {
         let mut inner = self.lock();
-        inner.nodes.remove(&node);
+        if let Some(gone) = inner.nodes.remove(&node) {
+            inner.by_version.remove(&gone.endpoints_version);
+        }
         if let Some(closer) = inner.closers.remove(&node) {
             closer.cancel();
         }
@@ -130,10 +134,11 @@ impl Presence {
             n.connected || n.endpoints_at.is_some_and(|at| now.saturating_duration_since(at) < ENDPOINT_TTL)
         };
         inner
-            .nodes
-            .iter()
-            .filter(|(_, n)| n.endpoints_version > since && live(n))
-            .map(|(id, n)| (*id, n.endpoints_version, n.endpoints.clone()))
+            .by_version
+            .range(since.saturating_add(1)..)
+            .filter_map(|(version, id)| Some((*id, *version, inner.nodes.get(id)?)))
+            .filter(|(.., node)| live(node))
+            .map(|(id, version, node)| (id, version, node.endpoints.clone()))
             .collect()
     }
 
@@ -148,8 +153,10 @@ impl Presence {
                 return;
             }
             entry.endpoints = endpoints;
-            entry.endpoints_version = next;
+            let before = std::mem::replace(&mut entry.endpoints_version, next);
             inner.next_version = next;
+            inner.by_version.remove(&before);
+            inner.by_version.insert(next, node);
             next
         };
         self.hints.send_replace(version);

@@ -95,7 +95,7 @@ impl Revoker {
             }
         }
         let covered = if committed.changed() { committed.seq } else { 0 };
-        let crl_number = self.publisher.ensure_covers(covered).await?;
+        let crl_number = self.cover(covered).await?;
         let mut response = pb::RevokeResponse {
             changed: committed.changed(),
             revoked,
@@ -120,6 +120,15 @@ impl Revoker {
             response.waited_ms = u32::try_from(waited.as_millis()).unwrap_or(u32::MAX);
         }
         Ok(response)
+    }
+
+    /// A CRL with this revocation. Without one the revocation stands all the same, and says so.
+    async fn cover(&self, seq: u64) -> Result<u64, Problem> {
+        self.publisher.ensure_covers(seq).await.map_err(|problem| Problem {
+            why: format!("revoked, but the CRL that says so could not be made: {}", problem.why),
+            next: format!("the controller tries again by itself; {}", problem.next),
+            ..problem
+        })
     }
 
     fn revoked(&self, changes: &[Change]) -> Vec<pb::Certificate> {

@@ -165,7 +165,7 @@ fn explain(refusal: &Refusal) -> (ErrorCode, &'static str) {
     const NEW_KEY: &str = "make a new key and ask again";
     const ASK_AGAIN: &str = "try again";
     const FULL: &str = "remove what is no longer used, then try again";
-    const CLOCK: &str = "check the controller's clock, then confirm it";
+    const CLOCK: &str = "check the controller's clock, then `meshctl clock confirm`";
     const BUG: &str = "look at the controller's log; this is a bug worth reporting";
     match refusal {
         R::Denied { .. } => {

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::Duration;
 
 use mesh_core::{Actor, Command, Decision, OperationId, Record, Refusal, Request, UtcTime, World};
 use mesh_runtime::{SharedClock, ShutdownToken};
@@ -108,10 +108,12 @@ impl Writer {
     /// Runs a command and waits until it is durable.
     pub(crate) async fn submit(&self, request: Request) -> Result<Committed, WriteError> {
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Message::Job(Box::new(Job { request, answer }))).map_err(|error| match error {
-            TrySendError::Full(_) => WriteError::Overloaded,
-            TrySendError::Disconnected(_) => WriteError::Unknown,
-        })?;
+        self.queue.try_send(Message::Job(Box::new(Job { request, answer }))).map_err(
+            |error| match error {
+                TrySendError::Full(_) => WriteError::Overloaded,
+                TrySendError::Disconnected(_) => WriteError::Unknown,
+            },
+        )?;
         answered.await.unwrap_or(Err(WriteError::Unknown))
     }
 
@@ -139,7 +141,7 @@ struct Thread {
     world: World,
     head: Head,
     /// The last reading of both clocks.
-    reading: (UtcTime, Instant),
+    reading: (UtcTime, Duration),
 }
 
 /// A writer that has panicked can decide nothing any more: the process has to end.
@@ -175,7 +177,7 @@ impl Thread {
     fn new(parts: WriterParts) -> Self {
         let WriterParts { journal, directory, clock, fatal } = parts;
         let world = directory.read(World::clone);
-        let reading = (UtcTime::from(clock.utc_now()), clock.now());
+        let reading = (UtcTime::from(clock.utc_now()), clock.since_boot());
         let head = directory.head();
         Self { journal, directory, clock, fatal, world, head, reading }
     }
@@ -230,11 +232,12 @@ impl Thread {
     /// The time of the next records. A wall clock that ran ahead of the monotonic one is written down
     /// before anything else, and stops what depends on the time.
     fn record_time(&mut self, frame: &mut Frame) -> UtcTime {
-        let (utc, now) = (UtcTime::from(self.clock.utc_now()), self.clock.now());
+        // The boot-time clock counts while the machine sleeps: a laptop that wakes up has not jumped.
+        let (utc, now) = (UtcTime::from(self.clock.utc_now()), self.clock.since_boot());
         let (last_utc, last_now) = std::mem::replace(&mut self.reading, (utc, now));
-        let expected = last_utc + now.saturating_duration_since(last_now);
+        let expected = last_utc + now.saturating_sub(last_now);
         if World::clock_jumped(expected, utc) && !self.world.clock_held() {
-            tracing::error!(%expected, %utc, "the clock jumped ahead; time-dependent commands wait for `clock confirm`");
+            tracing::error!(%expected, %utc, "the clock jumped ahead; time-dependent commands wait for `meshctl clock confirm`");
             let operation = OperationId(mesh_runtime::random_bytes());
             let hold = Request { actor: Actor::Controller, operation, command: Command::HoldClock };
             if let Err(error) = self.decide(self.world.record_time(expected), &hold, frame) {
@@ -377,3 +380,6 @@ fn gather(first: Job, jobs: &Receiver<Message>) -> (Vec<Job>, bool) {
 fn answer(job: Job, outcome: Result<Committed, WriteError>) {
     let _ = job.answer.send(outcome);
 }
+
+#[cfg(test)]
+mod tests;

@@ -37,6 +37,7 @@ impl Parts {
                     this_update: crl.this_update.unix(),
                     next_update: crl.next_update.unix(),
                     entries: self.publisher.entries_of(&crl.issuer_key_id, crl.number) as u64,
+                    signed_at: super::fleet::signed_at(crl.this_update),
                     issuer: subject_of(&crl.issuer_key_id),
                 })
                 .collect();

@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
-use mesh_core::UtcTime;
+use mesh_core::{Command, UtcTime};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
+use crate::auth::Caller;
 use crate::authority::CaRole;
 use crate::config::Unlock;
 use crate::parts::Parts;
@@ -20,6 +21,20 @@ pub(crate) struct FleetService(pub(crate) Arc<Parts>);
 impl pb::fleet_server::Fleet for FleetService {
     async fn status(&self, _: Request<pb::Empty>) -> Result<Response<pb::FleetStatus>, Status> {
         Ok(Response::new(self.0.fleet_status()))
+    }
+
+    async fn confirm_clock(
+        &self,
+        request: Request<pb::ConfirmClockRequest>,
+    ) -> Result<Response<pb::ActionResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let operation = super::operation(&request.into_inner().operation_id)?;
+        let committed = self.0.submit(&caller, operation, Command::ConfirmClock).await?;
+        let detail = match committed.changed() {
+            true => format!("the clock counts again; it is {}", self.0.utc()),
+            false => "the clock was not held".to_owned(),
+        };
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
     }
 }
 
@@ -52,6 +67,7 @@ impl Parts {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 head_seq: world.head_seq(),
                 controller_time: now.unix(),
+                crl_signed_at: crl.map_or(0, |crl| signed_at(crl.this_update)),
             }
         })
     }
@@ -69,7 +85,7 @@ impl Parts {
             findings.push(finding(
                 &self.controller_name,
                 "the clock jumped; time-dependent changes wait",
-                "check the controller's clock, then confirm it",
+                "check the controller's clock, then `meshctl clock confirm`",
             ));
         }
         let ca_ends = UtcTime::from(self.issuing.authority().issuing_not_after());
@@ -116,6 +132,11 @@ impl Parts {
             ));
         }
     }
+}
+
+/// When a CRL was signed: its thisUpdate is backdated.
+pub(crate) fn signed_at(this_update: UtcTime) -> i64 {
+    (this_update + mesh_ca::CLOCK_SKEW_ALLOWANCE).unix()
 }
 
 fn finding(subject: &str, what: &str, next: &str) -> pb::Finding {
