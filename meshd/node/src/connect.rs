@@ -64,15 +64,6 @@ impl ConnectError {
             _ => None,
         }
     }
-
-    /// Whether the other side ended the handshake because of our certificate.
-    pub(crate) fn is_refusal(&self) -> bool {
-        let Self::Tls { source, .. } = self else { return false };
-        source
-            .get_ref()
-            .and_then(|error| error.downcast_ref::<rustls::Error>())
-            .is_some_and(|error| matches!(error, rustls::Error::AlertReceived(_)))
-    }
 }
 
 impl From<ConnectError> for Failure {

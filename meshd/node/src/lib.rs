@@ -24,6 +24,8 @@ mod run;
 mod schedule;
 mod session;
 mod state;
+#[cfg(test)]
+mod testing;
 mod uplink;
 
 pub use config::RunConfig;

@@ -49,8 +49,6 @@ pub(crate) enum TrustError {
     Domain(String),
     #[error("certificate is for another key")]
     OtherKey,
-    #[error("key cannot be read")]
-    Key,
     #[error("there are {0} issuing CAs, {ISSUERS_MAX} is the limit")]
     TooManyIssuers(usize),
     #[error("CRL is of no CA that is known here")]
@@ -95,10 +93,6 @@ impl Trust {
 
     pub(crate) fn revocation(&self) -> Option<Arc<RevocationLists>> {
         self.revocation.clone()
-    }
-
-    pub(crate) fn issuers(&self) -> &[CertificateDer<'static>] {
-        &self.issuers
     }
 
     /// Adds issuing CAs that were told of. They are believed only as links to a pinned root. `true` if any is new.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_proto::v1::ErrorCode;
 use mesh_runtime::{Backoff, SystemClock};
@@ -37,6 +38,31 @@ pub(crate) struct Node {
     pub(crate) enrolled: Notify,
     /// Asks the supervisor to leave the mesh.
     pub(crate) leave: mpsc::Sender<oneshot::Sender<Result<(), Failure>>>,
+}
+
+/// How long a start from disk may take before a caller is told that it has not ended.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Node {
+    /// The life with an identity; waits for it while an identity is on disk and the overlay is coming up.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotEnrolled`].
+    pub(crate) async fn session(&self) -> Result<Arc<Session>, Failure> {
+        let mut session = self.session.subscribe();
+        let has_identity = self.state.identity().is_ok_and(|identity| identity.is_some());
+        if has_identity && session.borrow().is_none() {
+            // Past the limit the answer below is given; the sender lives as long as the node.
+            let _ = tokio::time::timeout(START_TIMEOUT, session.wait_for(Option::is_some)).await;
+        }
+        session.borrow().clone().ok_or_else(|| {
+            Failure::new(
+                ErrorCode::NotEnrolled,
+                "this machine is not enrolled in a mesh",
+                "enroll it: `meshctl enroll TOKEN`",
+            )
+        })
+    }
 }
 
 /// Runs the node until `shutdown` is cancelled. Must be called inside a multi-threaded tokio runtime.

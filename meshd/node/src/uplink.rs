@@ -193,7 +193,10 @@ impl Uplink {
         let hello = self.hello().await?;
         send(&outgoing, pb::sync_request::Request::Hello(hello)).await?;
         let mut client = SyncClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let mut incoming = client.sync(ReceiverStream::new(stream)).await?.into_inner();
+        let opened = tokio::time::timeout(CALL_TIMEOUT, client.sync(ReceiverStream::new(stream))).await;
+        let mut incoming = opened.map_err(|_| silent())??.into_inner();
+        let first_message = tokio::time::sleep(CALL_TIMEOUT);
+        tokio::pin!(first_message);
         let mut identity = self.identities.subscribe();
         let mut endpoints = self.network.endpoints.clone();
         endpoints.mark_unchanged();
@@ -219,6 +222,7 @@ impl Uplink {
                     self.learn_time(message.controller_time);
                     self.take(message, &channel, &outgoing).await?;
                 }
+                () = &mut first_message, if !*served => return Err(silent().into()),
                 changed = identity.changed() => {
                     // The sender lives in `self.identities`.
                     if changed.is_ok() && identity.borrow_and_update().serial != active.serial {
@@ -402,6 +406,14 @@ async fn send(
 
 fn closed(why: &str) -> Failure {
     Failure::new(ErrorCode::ControllerUnreachable, why, "nothing to do: the node connects again by itself")
+}
+
+fn silent() -> Failure {
+    Failure::new(
+        ErrorCode::TimedOut,
+        format!("the controller sent no map within {} s", CALL_TIMEOUT.as_secs()),
+        "look at the controller's load and log",
+    )
 }
 
 fn lacks(have: &[pb::CrlHave], published: &[pb::CrlHave]) -> bool {

@@ -34,7 +34,7 @@ pub(super) async fn doctor(node: &Node) -> Result<pb::DoctorReport, Failure> {
     let state =
         node.state.read("version").err().map(|error| ("bad", error.to_string(), "repair the state folder"));
     report.check("state folder", state);
-    let Some(session) = node.session.borrow().clone() else {
+    let Ok(session) = node.session().await else {
         let problem =
             ("warn", "this machine is not enrolled".to_owned(), "enroll it: `meshctl enroll TOKEN`");
         report.check("identity", Some(problem));

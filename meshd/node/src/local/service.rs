@@ -4,7 +4,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use mesh_proto::v1 as pb;
-use mesh_proto::v1::ErrorCode;
 use mesh_proto::v1::local_server::Local;
 use mesh_proto::v1::nodes_client::NodesClient;
 use tokio_stream::Stream;
@@ -28,16 +27,6 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send + 'static>
 impl LocalService {
     pub(crate) fn new(node: Arc<Node>) -> Self {
         Self { node }
-    }
-
-    fn session(&self) -> Result<Arc<Session>, Failure> {
-        self.node.session.borrow().clone().ok_or_else(|| {
-            Failure::new(
-                ErrorCode::NotEnrolled,
-                "this machine is not enrolled in a mesh",
-                "enroll it: `meshctl enroll TOKEN`",
-            )
-        })
     }
 
     /// Tells the controller, as far as it can be reached. Leaving works without it.
@@ -66,7 +55,7 @@ impl Local for LocalService {
     }
 
     async fn leave(&self, _request: Request<pb::Empty>) -> Result<Response<pb::ActionResponse>, Status> {
-        let Ok(session) = self.session() else {
+        let Ok(session) = self.node.session().await else {
             let detail = "this machine was not enrolled".to_owned();
             return Ok(Response::new(pb::ActionResponse { changed: false, detail }));
         };
@@ -93,7 +82,7 @@ impl Local for LocalService {
         &self,
         request: Request<pb::LocalIssueRequest>,
     ) -> Result<Response<pb::ManagedPair>, Status> {
-        let session = self.session()?;
+        let session = self.node.session().await?;
         let uid = caller_uid(&request).ok_or_else(|| Status::unauthenticated("no peer credentials"))?;
         let own_certs = Manager::own_certs(&self.node.state);
         let definition = Definition::from_request(request.into_inner(), uid, &own_certs)?;
@@ -105,19 +94,19 @@ impl Local for LocalService {
         request: Request<pb::LocalRenewRequest>,
     ) -> Result<Response<pb::ManagedPair>, Status> {
         let name = request.into_inner().name;
-        Ok(Response::new(self.session()?.pairs.renew(name).await?))
+        Ok(Response::new(self.node.session().await?.pairs.renew(name).await?))
     }
 
     async fn list_certificates(
         &self,
         _request: Request<pb::Empty>,
     ) -> Result<Response<pb::ManagedPairs>, Status> {
-        let pairs = self.session()?.pairs.list().await.map_err(Failure::from)?;
+        let pairs = self.node.session().await?.pairs.list().await.map_err(Failure::from)?;
         Ok(Response::new(pb::ManagedPairs { pairs }))
     }
 
     async fn ping(&self, request: Request<pb::PingRequest>) -> Result<Response<Self::PingStream>, Status> {
-        let session = self.session()?;
+        let session = self.node.session().await?;
         Ok(Response::new(Box::pin(ping::ping(session, request.into_inner()).await?)))
     }
 

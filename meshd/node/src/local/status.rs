@@ -10,7 +10,7 @@ use crate::run::Node;
 
 pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    let Some(session) = node.session.borrow().clone() else {
+    let Ok(session) = node.session().await else {
         let findings = node.findings.list();
         return Ok(pb::NodeStatus { enrolled: false, findings, version, ..Default::default() });
     };

@@ -320,3 +320,6 @@ fn check_place(id: u32, leaf: &NodeLeaf, place: &Place) -> Result<(), RecordErro
 fn hash(leaf: &[u8]) -> [u8; 32] {
     Sha256::digest(leaf).into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,266 @@
+//! What a tampered store, a wrong controller or an old map can and cannot do to a node.
+
+use proptest::prelude::*;
+use std::sync::OnceLock;
+
+use super::*;
+use crate::pki::read_own;
+use crate::state::Identity;
+use crate::testing::{LIFE, TestMesh, address, cursor, full, ipv6, place, record};
+
+const NOW: i64 = 1_800_000_000;
+
+fn mesh() -> TestMesh {
+    TestMesh::new(UtcDateTime::from_unix_timestamp(NOW).unwrap())
+}
+
+fn serial(identity: &Identity) -> Vec<u8> {
+    read_own(identity).unwrap().serial.as_bytes().to_vec()
+}
+
+/// What node 1 makes of a full map with `peers`.
+fn evaluated(mesh: &TestMesh, own: &Identity, peers: Vec<pb::Peer>, revoked: &[&[u8]]) -> Evaluation {
+    let trust = mesh.trust(own, 1, revoked);
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, peers), &trust).unwrap();
+    roster.evaluate(&trust, &place(own), mesh.now)
+}
+
+#[test]
+fn name_keys_and_addresses_come_from_the_certificate() {
+    let mesh = mesh();
+    let (own, bravo) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"));
+    let result = evaluated(&mesh, &own, vec![record(&bravo)], &[]);
+    let peer = &result.peers[&2];
+    assert_eq!(peer.leaf.name, "bravo");
+    assert_eq!((peer.leaf.ipv4, peer.leaf.ipv6), (bravo.ipv4, bravo.ipv6));
+    assert_eq!(peer.wireguard_key(), place(&bravo).wireguard_keys[0]);
+    assert_eq!(result.next_end, Some(mesh.now + LIFE));
+}
+
+#[test]
+fn a_record_with_a_forged_or_foreign_certificate_is_left_out_and_the_others_stand() {
+    let mesh = mesh();
+    let (own, bravo, charlie) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"), mesh.node(3, "charlie"));
+    let other_mesh = TestMesh::new(mesh.now);
+    let mut flipped = record(&charlie);
+    let mut der = flipped.leaf.to_vec();
+    // The WireGuard key stands in the certificate: any changed byte of it breaks the signature.
+    let key = place(&charlie).wireguard_keys[0];
+    let at = der.windows(32).position(|window| window == key).unwrap();
+    der[at] ^= 1;
+    flipped.leaf = der.into();
+    let key = crate::join::leaf_key(&charlie.tls_key).unwrap();
+    let with_leaf = |leaf: Vec<u8>| pb::Peer { leaf: leaf.into(), ..record(&charlie) };
+    let table = [
+        ("a swapped key", flipped),
+        ("another node's certificate", pb::Peer { node_id: 3, ..record(&bravo) }),
+        ("another mesh's certificate", record(&other_mesh.node(3, "charlie"))),
+        ("a service's certificate", with_leaf(mesh.service(&key, "charlie.mesh.internal"))),
+        ("a controller's certificate", with_leaf(mesh.controller(&key))),
+        ("nothing", with_leaf(Vec::new())),
+        ("noise", with_leaf(vec![0x30; 500])),
+        ("a huge one", with_leaf(vec![0x30; 100_000])),
+        ("an address outside the mesh", record(&mesh.node_at(3, "charlie", [10, 0, 0, 1].into(), ipv6(3)))),
+        ("an IPv6 address of another node", record(&mesh.node_at(3, "charlie", address(3), ipv6(4)))),
+        ("our own address", record(&mesh.node_at(3, "charlie", own.ipv4, ipv6(3)))),
+        ("our own name", record(&mesh.node(3, "alpha"))),
+    ];
+    for (what, bad) in table {
+        let mut peers = vec![bad];
+        // The good record must not share the id of the one that carries its certificate.
+        peers.push(record(&bravo));
+        let result = evaluated(&mesh, &own, peers, &[]);
+        assert!(result.peers.contains_key(&2), "{what}: the good record stands");
+        assert!(!result.peers.contains_key(&3), "{what} is left out");
+        assert!(result.refused.contains_key(&3), "{what} is reported");
+    }
+}
+
+#[test]
+fn two_records_that_claim_one_address_do_not_both_become_peers() {
+    let mesh = mesh();
+    let own = mesh.node(1, "alpha");
+    let (bravo, rival) = (mesh.node(2, "bravo"), mesh.node_at(3, "charlie", address(2), ipv6(3)));
+    let result = evaluated(&mesh, &own, vec![record(&bravo), record(&rival)], &[]);
+    assert_eq!(result.peers.keys().collect::<Vec<_>>(), [&2]);
+    assert_eq!(result.refused[&3], RecordError::Duplicate("bravo".into()));
+}
+
+#[test]
+fn a_revoked_certificate_is_no_peer_whatever_the_map_says() {
+    let mesh = mesh();
+    let (own, bravo, charlie) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"), mesh.node(3, "charlie"));
+    let revoked = serial(&bravo);
+    let result = evaluated(&mesh, &own, vec![record(&bravo), record(&charlie)], &[&revoked]);
+    assert_eq!(result.peers.keys().collect::<Vec<_>>(), [&3]);
+}
+
+#[test]
+fn nobody_is_a_peer_before_the_first_crl() {
+    let mesh = mesh();
+    let (own, bravo) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"));
+    let trust = Trust::of(&own).unwrap();
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, vec![record(&bravo)]), &trust).unwrap();
+    let result = roster.evaluate(&trust, &place(&own), mesh.now);
+    assert_eq!(result.refused[&2], RecordError::Trust(TrustError::NoCrl));
+}
+
+#[test]
+fn an_older_crl_does_not_replace_a_newer_one() {
+    let mesh = mesh();
+    let (own, bravo) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"));
+    let revoked = serial(&bravo);
+    let mut trust = mesh.trust(&own, 7, &[&revoked]);
+    for old in mesh.crls(6, &[]) {
+        assert!(!trust.take_crl(&old).unwrap());
+        // The message's own number is not signed and not believed.
+        assert!(!trust.take_crl(&pb::Crl { number: 99, ..old }).unwrap());
+    }
+    assert!(trust.is_revoked(&revoked));
+    let foreign = TestMesh::new(mesh.now).crls(8, &[]);
+    assert_eq!(trust.take_crl(&foreign[1]).unwrap_err(), TrustError::CrlIssuer);
+}
+
+#[test]
+fn a_certificate_past_its_end_is_no_peer_also_from_the_cache() {
+    let mesh = mesh();
+    let (own, bravo) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"));
+    let trust = mesh.trust(&own, 1, &[]);
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, vec![record(&bravo)]), &trust).unwrap();
+    for (age, valid) in [(0, true), (72 * 3600, true), (72 * 3600 + 1, false)] {
+        let now = mesh.now + time::Duration::seconds(age);
+        let result = roster.evaluate(&trust, &place(&own), now);
+        assert_eq!(result.peers.contains_key(&2), valid, "{age} s");
+    }
+}
+
+#[test]
+fn an_old_map_is_refused_and_changes_nothing() {
+    let mesh = mesh();
+    let (own, bravo, charlie) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"), mesh.node(3, "charlie"));
+    let trust = mesh.trust(&own, 1, &[]);
+    let mut roster = Roster::default();
+    roster.apply_full(full(10, vec![record(&bravo)]), &trust).unwrap();
+    let old = full(9, vec![record(&bravo), record(&charlie)]);
+    assert_eq!(roster.apply_full(old.clone(), &trust), Err(RosterError::Rollback { found: 9, floor: 10 }));
+    assert_eq!(roster.to_full(Vec::new()).peers.len(), 1);
+    // The same after a restart: the floor is on disk.
+    let mut restarted = Roster::new(Floor::of(&cursor(10)));
+    assert!(matches!(restarted.apply_full(old, &trust), Err(RosterError::Rollback { .. })));
+    let unnamed = pb::Full { cursor: None, ..full(11, Vec::new()) };
+    assert_eq!(roster.apply_full(unnamed, &trust), Err(RosterError::NoCursor));
+}
+
+#[test]
+fn changes_from_another_map_ask_for_the_whole_one() {
+    let mesh = mesh();
+    let own = mesh.node(1, "alpha");
+    let trust = mesh.trust(&own, 1, &[]);
+    let mut roster = Roster::default();
+    let delta = |from: u64, to: u64| pb::Delta {
+        from: Some(cursor(from)),
+        cursor: Some(cursor(to)),
+        ..Default::default()
+    };
+    assert_eq!(roster.apply_delta(delta(1, 2)), Err(RosterError::OtherBase), "nothing is here yet");
+    roster.apply_full(full(5, Vec::new()), &trust).unwrap();
+    assert_eq!(roster.apply_delta(delta(4, 6)), Err(RosterError::OtherBase));
+    roster.apply_delta(delta(5, 6)).unwrap();
+    assert_eq!(roster.seq(), 6);
+}
+
+#[test]
+fn a_map_that_shrinks_unasked_is_held_once() {
+    let mesh = mesh();
+    let own = mesh.node(1, "alpha");
+    let nodes: Vec<Identity> = (2..8).map(|id| mesh.node(id, &format!("node-{id}"))).collect();
+    let records: Vec<pb::Peer> = nodes.iter().map(record).collect();
+    let trust = mesh.trust(&own, 1, &[]);
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, records.clone()), &trust).unwrap();
+    roster.evaluate(&trust, &place(&own), mesh.now);
+
+    let blank = full(2, Vec::new());
+    assert_eq!(roster.apply_full(blank.clone(), &trust), Err(RosterError::Shrunk { missing: 6, known: 6 }));
+    assert_eq!(roster.to_full(Vec::new()).peers.len(), 6, "held: nothing has changed");
+    roster.apply_full(blank, &trust).unwrap();
+    assert!(roster.to_full(Vec::new()).peers.is_empty(), "the same answer twice counts");
+
+    // Asked for: a change of policy, or revocations that the CRL vouches for.
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, records.clone()), &trust).unwrap();
+    roster.evaluate(&trust, &place(&own), mesh.now);
+    let mut policy = full(2, Vec::new());
+    policy.own = Some(pb::Own { policy_version: 2, ..Default::default() });
+    roster.apply_full(policy, &trust).unwrap();
+
+    let serials: Vec<Vec<u8>> = nodes.iter().map(serial).collect();
+    let revoked: Vec<&[u8]> = serials.iter().map(Vec::as_slice).collect();
+    let later = mesh.trust(&own, 2, &revoked);
+    let mut roster = Roster::default();
+    roster.apply_full(full(1, records), &trust).unwrap();
+    roster.evaluate(&trust, &place(&own), mesh.now);
+    roster.apply_full(full(2, Vec::new()), &later).unwrap();
+}
+
+/// A mesh with six peers, made once: keys and signatures are the slow part.
+fn six() -> &'static (TestMesh, Identity, Vec<pb::Peer>) {
+    static SIX: OnceLock<(TestMesh, Identity, Vec<pb::Peer>)> = OnceLock::new();
+    SIX.get_or_init(|| {
+        let mesh = mesh();
+        let own = mesh.node(1, "alpha");
+        let records = (2..8).map(|id| record(&mesh.node(id, &format!("node-{id}")))).collect();
+        (mesh, own, records)
+    })
+}
+
+proptest! {
+    /// However a set of peers came about, by changes or as a whole, the node makes the same of it.
+    #[test]
+    fn changes_and_whole_maps_come_to_the_same(steps in proptest::collection::vec((0usize..6, any::<bool>()), 1..24)) {
+        let (mesh, own, records) = six();
+        let trust = mesh.trust(own, 1, &[]);
+        let (mut by_changes, mut model) = (Roster::default(), BTreeMap::new());
+        by_changes.apply_full(full(1, Vec::new()), &trust).unwrap();
+        let mut seq = 1;
+        for (index, present) in steps {
+            let record = &records[index];
+            let mut delta = pb::Delta { from: Some(cursor(seq)), cursor: Some(cursor(seq + 1)), ..Default::default() };
+            seq += 1;
+            if present {
+                model.insert(record.node_id, record.clone());
+                delta.upserts.push(record.clone());
+            } else {
+                model.remove(&record.node_id);
+                delta.removes.push(record.node_id);
+            }
+            by_changes.apply_delta(delta).unwrap();
+        }
+        let mut whole = Roster::default();
+        whole.apply_full(full(seq, model.into_values().collect()), &trust).unwrap();
+        let place = place(own);
+        prop_assert_eq!(
+            by_changes.evaluate(&trust, &place, mesh.now),
+            whole.evaluate(&trust, &place, mesh.now)
+        );
+        prop_assert_eq!(by_changes.to_full(Vec::new()), whole.to_full(Vec::new()));
+    }
+
+    /// Any byte of a leaf may be changed: the result is never another peer, only none.
+    #[test]
+    fn a_changed_byte_never_makes_another_peer(at in any::<prop::sample::Index>(), flip in 1u8..) {
+        let (mesh, own, records) = six();
+        let mut record = records[0].clone();
+        let mut leaf = record.leaf.to_vec();
+        let at = at.index(leaf.len());
+        leaf[at] ^= flip;
+        record.leaf = leaf.into();
+        let trust = mesh.trust(own, 1, &[]);
+        let mut roster = Roster::default();
+        roster.apply_full(full(1, vec![record]), &trust).unwrap();
+        prop_assert!(roster.evaluate(&trust, &place(own), mesh.now).peers.is_empty(), "byte {}", at);
+    }
+}
