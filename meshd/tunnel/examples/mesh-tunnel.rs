@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! mesh-tunnel IFNAME
-//!   WG_PRIVATE_KEY_FILE  file with the private key, as `wg genkey` writes it (required)
+//!   WG_PRIVATE_KEY_FILE  file with the private key, as `wg genkey` writes it (default: a new one)
 //!   WG_LISTEN_PORT       UDP port (default: any)
 //!   WG_MTU               bytes (default 1420)
 //!   WG_FWMARK            mark of outer packets (default none)
@@ -10,29 +10,37 @@
 //!   WG_PEERS             peers separated by ';', each: KEY [endpoint=IP:PORT] [allowed-ips=A,B] [keepalive=SECONDS]
 //! ```
 //!
-//! It prints `listening on PORT as PUBLICKEY` once it is ready, and then its events.
+//! It prints `listening on PORT as PUBLICKEY` once it is ready, and then its events. `wg show` and
+//! `wg set` work on it, but for the port and the mark.
 
 use std::env;
 use std::error::Error;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_tunnel::{PeerConfig, PrivateKey, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{PeerConfig, PrivateKey, Tunnel, TunnelConfig, TunnelEvent, Uapi, UapiAccess};
+use rand::RngCore;
+use zeroize::Zeroizing;
 
 type Fallible<T> = Result<T, Box<dyn Error>>;
 
 fn main() -> Fallible<()> {
     let Some(interface) = env::args().nth(1) else { return Err("usage: mesh-tunnel IFNAME".into()) };
-    let key_file = env::var("WG_PRIVATE_KEY_FILE").map_err(|_| "WG_PRIVATE_KEY_FILE is not set")?;
-    let private_key: PrivateKey = std::fs::read_to_string(&key_file)?.trim().parse()?;
+    let private_key: PrivateKey = match env::var("WG_PRIVATE_KEY_FILE") {
+        Ok(file) => Zeroizing::new(std::fs::read_to_string(&file)?).trim().parse()?,
+        Err(_) => PrivateKey::generate(&mut |bytes| rand::rng().fill_bytes(bytes)),
+    };
     let peers = peers(&env::var("WG_PEERS").unwrap_or_default())?;
-    let tunnel = mesh_tunnel::open(TunnelConfig {
+    let tunnel: Arc<dyn Tunnel> = mesh_tunnel::open(TunnelConfig {
         interface,
         mtu: number("WG_MTU")?.unwrap_or(1420),
         listen_port: number("WG_LISTEN_PORT")?.unwrap_or(0),
         private_key,
         fwmark: number("WG_FWMARK")?,
-    })?;
+    })?
+    .into();
+    let _uapi = Uapi::serve(&tunnel, UapiAccess::ReadWrite)?;
     for address in env::var("WG_ADDRESSES").unwrap_or_default().split(',').filter(|a| !a.is_empty()) {
         let status = Command::new("ip").args(["addr", "add", address, "dev", tunnel.name()]).status()?;
         if !status.success() {

@@ -52,20 +52,16 @@ pub(crate) struct Shared {
     identity: RwLock<Arc<Identity>>,
     pub(crate) events: Arc<Queue>,
     pub(crate) counters: CounterCells,
-    pub(crate) outbound: ThreadState,
-    pub(crate) inbound: ThreadState,
-    pub(crate) housekeeper: ThreadState,
+    pub(crate) outbound: Wake,
+    pub(crate) inbound: Wake,
+    pub(crate) housekeeper: Wake,
+    /// Whether the inbound thread is inside a batch.
+    pub(crate) quiescence: Quiescence,
     /// Peers whose waiting packets may go; for the outbound thread.
     ready: Mutex<Vec<Arc<Peer>>>,
     /// Peers that want a tick before the next one is due; for the housekeeper.
     urgent: Mutex<Vec<Arc<Peer>>>,
     stop: AtomicBool,
-}
-
-/// How a thread is woken, and whether it is inside a batch.
-pub(crate) struct ThreadState {
-    pub(crate) wake: Wake,
-    pub(crate) quiescence: Quiescence,
 }
 
 /// Who we are, and the limiter whose MACs and cookies depend on it.
@@ -85,16 +81,15 @@ impl Identity {
 
 impl Shared {
     fn new(private_key: PrivateKey) -> std::io::Result<Self> {
-        let thread =
-            || Ok::<_, std::io::Error>(ThreadState { wake: Wake::new()?, quiescence: Quiescence::default() });
         Ok(Self {
             registry: RwLock::new(Registry::new()),
             identity: RwLock::new(Arc::new(Identity::new(private_key, HANDSHAKES_PER_SECOND_MIN))),
             events: Arc::default(),
             counters: CounterCells::default(),
-            outbound: thread()?,
-            inbound: thread()?,
-            housekeeper: thread()?,
+            outbound: Wake::new()?,
+            inbound: Wake::new()?,
+            housekeeper: Wake::new()?,
+            quiescence: Quiescence::default(),
             ready: Mutex::default(),
             urgent: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -132,7 +127,7 @@ impl Shared {
         }
         self.events.push(TunnelEvent::Stopped { error });
         for thread in [&self.outbound, &self.inbound, &self.housekeeper] {
-            thread.wake.wake();
+            thread.wake();
         }
     }
 
@@ -156,7 +151,7 @@ impl Shared {
         }
         if notes.backlog_ready {
             lock(&self.ready).push(peer.clone());
-            self.outbound.wake.wake();
+            self.outbound.wake();
         }
     }
 
@@ -176,7 +171,7 @@ impl Shared {
             urgent.push(peer.clone());
         }
         drop(urgent);
-        self.housekeeper.wake.wake();
+        self.housekeeper.wake();
     }
 }
 
@@ -246,7 +241,7 @@ impl Userspace {
         if self.shared.is_stopped() { Err(TunnelError::Closed) } else { Ok(guard) }
     }
 
-    fn peer(&self, key: &PublicKey) -> Option<Arc<Peer>> {
+    fn find(&self, key: &PublicKey) -> Option<Arc<Peer>> {
         self.shared.registry().by_key(key).cloned()
     }
 
@@ -290,7 +285,7 @@ impl Tunnel for Userspace {
         if config.public_key == identity.public {
             return Err(TunnelError::OwnKey { peer: config.public_key });
         }
-        let known = self.peer(&config.public_key);
+        let known = self.find(&config.public_key);
         // Only this call and the others under `control` change routes, so what is free now stays free.
         let overlap = self.shared.registry().conflict(&config.allowed_ips, known.as_ref());
         if let Some((prefix, owner)) = overlap {
@@ -324,14 +319,13 @@ impl Tunnel for Userspace {
         let Some(peer) = self.shared.registry_mut().remove(key) else { return false };
         peer.lock().remove();
         // A packet that was decrypted a moment ago may still be on its way to the interface.
-        self.shared.inbound.quiescence.wait();
-        self.shared.outbound.quiescence.wait();
+        self.shared.quiescence.wait();
         true
     }
 
     fn set_endpoint(&self, key: &PublicKey, endpoint: SocketAddr) -> bool {
         let usable = endpoint.port() != 0 && !endpoint.ip().is_unspecified() && !endpoint.ip().is_multicast();
-        let Some(peer) = self.peer(key).filter(|_| usable) else { return false };
+        let Some(peer) = self.find(key).filter(|_| usable) else { return false };
         peer.lock().set_endpoint(endpoint);
         self.shared.tick_soon(&peer);
         true
@@ -340,7 +334,7 @@ impl Tunnel for Userspace {
     fn rotate_key(&self, private_key: PrivateKey) -> Result<(), TunnelError> {
         let _control = self.change()?;
         let (public, limit) = (private_key.public(), self.shared.identity().limit);
-        if self.peer(&public).is_some() {
+        if self.find(&public).is_some() {
             return Err(TunnelError::OwnKey { peer: public });
         }
         self.shared.set_identity(Identity::new(private_key.clone(), limit));
@@ -348,18 +342,22 @@ impl Tunnel for Userspace {
         for peer in &peers {
             peer.lock().renew(&private_key, Instant::now() + greeting_delay(peers.len()));
         }
-        self.shared.inbound.quiescence.wait();
-        self.shared.housekeeper.wake.wake();
+        self.shared.quiescence.wait();
+        self.shared.housekeeper.wake();
         Ok(())
     }
 
     fn initiate_handshake(&self, key: &PublicKey) -> bool {
-        let Some(peer) = self.peer(key) else { return false };
+        let Some(peer) = self.find(key) else { return false };
         let wanted = peer.lock().want_initiation();
         if wanted {
             self.shared.tick_soon(&peer);
         }
         wanted
+    }
+
+    fn peer(&self, key: &PublicKey) -> Option<PeerConfig> {
+        self.find(key).map(|peer| peer.lock().config().clone())
     }
 
     fn peers(&self) -> Vec<PeerStats> {

@@ -70,9 +70,9 @@ impl Housekeeper {
                 if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
             // Rounded up: waking a little early would only spin.
             let pause = PollTimeout::from((pause.as_micros().div_ceil(1000)) as u16);
-            wake::wait(&mut [PollFd::new(shared.housekeeper.wake.as_fd(), READABLE)], pause)
+            wake::wait(&mut [PollFd::new(shared.housekeeper.as_fd(), READABLE)], pause)
                 .map_err(|error| format!("cannot wait: {error}"))?;
-            shared.housekeeper.wake.clear();
+            shared.housekeeper.clear();
             busy = self.answer_handshakes();
             for peer in shared.take_urgent() {
                 self.tick(&peer);

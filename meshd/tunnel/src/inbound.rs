@@ -51,7 +51,7 @@ impl Inbound {
         let (shared, udp) = (self.shared.clone(), self.udp.clone());
         let mut received = Received::new();
         while !shared.is_stopped() {
-            let mut fds = vec![PollFd::new(shared.inbound.wake.as_fd(), READABLE)];
+            let mut fds = vec![PollFd::new(shared.inbound.as_fd(), READABLE)];
             fds.extend(udp.sockets().map(|socket| PollFd::new(socket.as_fd(), READABLE)));
             wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
             for (socket, _) in udp.sockets().zip(&fds[1..]).filter(|(_, fd)| wake::is_ready(fd)) {
@@ -66,7 +66,7 @@ impl Inbound {
         for _ in 0..TURN {
             // An error here belongs to something sent earlier (ICMP); the socket lives on.
             let Ok(1..) = received.receive(socket) else { return };
-            let _batch = shared.inbound.quiescence.begin();
+            let _batch = shared.quiescence.begin();
             let now = Instant::now();
             for (from, datagrams) in received.messages() {
                 self.message(from, datagrams.peekable(), now);
@@ -112,7 +112,7 @@ impl Inbound {
             Ok(()) => self.pass_on(datagram, from),
             Err(TunnResult::WriteToNetwork(reply)) => {
                 count(&self.shared.counters.rx_under_load);
-                if self.udp.send(reply, from).is_err() {
+                if self.udp.send_now(reply, from).is_err() {
                     count(&self.shared.counters.tx_socket_errors);
                 }
             }
@@ -124,7 +124,7 @@ impl Inbound {
     fn pass_on(&self, datagram: &[u8], from: SocketAddr) {
         let Some(handshake) = Handshake::new(datagram, from) else { return };
         match self.handshakes.try_send(handshake) {
-            Ok(()) => self.shared.housekeeper.wake.wake(),
+            Ok(()) => self.shared.housekeeper.wake(),
             Err(TrySendError::Full(_)) => count(&self.shared.counters.rx_handshakes_dropped),
             // The housekeeper has ended, so the tunnel is stopping.
             Err(TrySendError::Disconnected(_)) => {}

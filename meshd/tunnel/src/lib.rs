@@ -53,6 +53,7 @@ mod outbound;
 mod quiescence;
 mod receive;
 mod tun;
+mod uapi;
 mod udp;
 mod wake;
 
@@ -61,3 +62,4 @@ pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
 pub use tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel, open, open_with};
+pub use uapi::{Uapi, UapiAccess};

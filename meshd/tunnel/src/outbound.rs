@@ -59,14 +59,13 @@ impl Outbound {
         let shared = self.shared.clone();
         while !shared.is_stopped() {
             let woken = {
-                let wake = PollFd::new(shared.outbound.wake.as_fd(), READABLE);
+                let wake = PollFd::new(shared.outbound.as_fd(), READABLE);
                 let mut fds = [wake, PollFd::new(self.tun.as_fd(), READABLE)];
                 wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
                 wake::is_ready(&fds[0])
             };
-            let _batch = shared.outbound.quiescence.begin();
             if woken {
-                shared.outbound.wake.clear();
+                shared.outbound.clear();
                 for peer in shared.take_ready() {
                     self.send_waiting(&peer, Instant::now());
                 }

@@ -38,6 +38,9 @@ const INITIATION_SPACING: Duration = Duration::from_millis(20);
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 const RETRY_LAST: Duration = Duration::from_secs(80);
 
+/// Sessions that boringtun keeps at the same time, by the last bits of their index.
+const SESSIONS: usize = 8;
+
 pub(crate) struct Peer {
     pub(crate) key: PublicKey,
     /// 24 bits, in every session index that we hand out.
@@ -65,7 +68,7 @@ impl Peer {
             removed: false,
             backlog: Backlog::Empty,
             initiation_wanted: false,
-            unconfirmed: None,
+            unconfirmed: [None; SESSIONS],
             last_initiation: None,
             initiator: false,
             last_handshake: None,
@@ -106,8 +109,9 @@ pub(crate) struct State {
     removed: bool,
     backlog: Backlog,
     initiation_wanted: bool,
-    /// Our index of a session that we answered; in use once data comes in on it.
-    unconfirmed: Option<u32>,
+    /// Our indices of sessions that we answered, each in use once data comes in on it. The peer may have
+    /// asked several times before; boringtun keeps as many sessions, in the same places.
+    unconfirmed: [Option<u32>; SESSIONS],
     /// Our last initiation: its index and when it was made.
     last_initiation: Option<(u32, Instant)>,
     initiator: bool,
@@ -234,8 +238,9 @@ impl State {
             TunnResult::WriteToNetwork(_) | TunnResult::Err(_) => return Received::Invalid,
         };
         self.authenticated((datagram.len(), from), now, notes);
-        if self.unconfirmed == Some(receiver) {
-            self.unconfirmed = None;
+        let unconfirmed = &mut self.unconfirmed[receiver as usize % SESSIONS];
+        if *unconfirmed == Some(receiver) {
+            *unconfirmed = None;
             self.initiator = false;
             self.session_begins(now, notes);
         } else if self.backlog == Backlog::Waiting {
@@ -271,7 +276,11 @@ impl State {
                 self.initiator = true;
                 self.session_begins(now, notes);
             }
-            _ => self.unconfirmed = packet::sender_index(&out[..length]),
+            _ => {
+                if let Some(index) = packet::sender_index(&out[..length]) {
+                    self.unconfirmed[index as usize % SESSIONS] = Some(index);
+                }
+            }
         }
         Some(self.outgoing(&out[..length], from, now))
     }
@@ -309,6 +318,10 @@ impl State {
         self.endpoint = Some(packet::unmapped(endpoint));
     }
 
+    pub(crate) fn config(&self) -> &PeerConfig {
+        &self.config
+    }
+
     pub(crate) fn allowed_ips(&self) -> &[ipnet::IpNet] {
         &self.config.allowed_ips
     }
@@ -335,7 +348,7 @@ impl State {
         let was_up = self.last_handshake.is_some();
         self.tunn = new_tunn(own, &self.config, self.index);
         self.backlog = Backlog::Empty;
-        (self.unconfirmed, self.last_initiation, self.last_handshake) = (None, None, None);
+        (self.unconfirmed, self.last_initiation, self.last_handshake) = ([None; SESSIONS], None, None);
         (self.rtt, self.unanswered_since, self.silent) = (None, None, false);
         (self.retry_at, self.retry_pause) = (start, RETRY_FIRST);
         self.initiation_wanted = was_up && self.endpoint.is_some();
@@ -551,6 +564,20 @@ mod tests {
         assert!(matches!(received, Received::Packet { length: 100, .. }));
         assert_eq!(notes, Notes::default());
         assert_eq!(b.lock().stats(b.key, Instant::now()).endpoint, Some(A.into()));
+    }
+
+    #[test]
+    fn the_session_the_peer_uses_counts_even_if_it_asked_again_meanwhile() {
+        let (a, b) = pair();
+        let first = initiation(&a);
+        let (response, _) = answer(&b, &first, A);
+        let (late_response, _) = answer(&b, &initiation(&a), A);
+        let (keepalive, _) = answer(&a, &response.unwrap(), B);
+        let (_, notes) = decrypt(&b, &keepalive.unwrap(), A);
+        assert!(notes.handshake_done);
+        let (keepalive, _) = answer(&a, &late_response.unwrap(), B);
+        let (_, notes) = decrypt(&b, &keepalive.unwrap(), A);
+        assert!(notes.handshake_done);
     }
 
     #[test]

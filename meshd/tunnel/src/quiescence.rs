@@ -1,13 +1,13 @@
-//! Lets a control call wait until the data threads have finished the batch they are in.
+//! Lets a control call wait until the inbound thread has finished the batch it is in.
 //!
-//! A data thread holds no lock while it writes to the interface, so a removed peer's packet that is
+//! That thread holds no lock while it writes to the interface, so a removed peer's packet that is
 //! already decrypted could still be on its way. `wait` returns when no such packet is left.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// One data thread's batch counter: odd while it is inside a batch.
+/// The thread's batch counter: odd while it is inside a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Quiescence(AtomicU64);
 

@@ -54,6 +54,9 @@ pub trait Tunnel: Send + Sync {
     /// or it has no endpoint.
     fn initiate_handshake(&self, key: &PublicKey) -> bool;
 
+    /// A peer as it was last configured, `None` if there is no such peer.
+    fn peer(&self, key: &PublicKey) -> Option<PeerConfig>;
+
     /// All peers, ordered by key.
     fn peers(&self) -> Vec<PeerStats>;
 

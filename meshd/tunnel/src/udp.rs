@@ -84,14 +84,19 @@ impl Udp {
 
     /// Sends one datagram; waits a moment if the send buffer is full.
     pub(crate) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        self.send_segments(datagram, None, to)
+        self.send_segments(datagram, None, to, SEND_WAIT_MS)
+    }
+
+    /// Sends one datagram, or not if the send buffer is full.
+    pub(crate) fn send_now(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+        self.send_segments(datagram, None, to, 0)
     }
 
     /// Sends the datagrams of `size` bytes that `bytes` is made of; the last may be shorter. The number
     /// of those that the socket refused.
     pub(crate) fn send_batch(&self, bytes: &[u8], size: usize, to: SocketAddr) -> usize {
         if bytes.len() > size && self.offloads.udp_gso.load(Ordering::Relaxed) {
-            match self.send_segments(bytes, Some(size as u16), to) {
+            match self.send_segments(bytes, Some(size as u16), to, SEND_WAIT_MS) {
                 Ok(()) => return 0,
                 // The device cannot do it after all.
                 Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => {
@@ -106,7 +111,7 @@ impl Udp {
         bytes.chunks(size).filter(|datagram| self.send(datagram, to).is_err()).count()
     }
 
-    fn send_segments(&self, bytes: &[u8], size: Option<u16>, to: SocketAddr) -> io::Result<()> {
+    fn send_segments(&self, bytes: &[u8], size: Option<u16>, to: SocketAddr, wait_ms: u16) -> io::Result<()> {
         let socket = match to {
             SocketAddr::V4(_) => &self.v4,
             SocketAddr::V6(_) => {
@@ -121,7 +126,7 @@ impl Udp {
         match send() {
             Err(Errno::EAGAIN) => {
                 let mut room = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-                wake::wait(&mut room, PollTimeout::from(SEND_WAIT_MS))?;
+                wake::wait(&mut room, PollTimeout::from(wait_ms))?;
                 send()?;
             }
             result => {

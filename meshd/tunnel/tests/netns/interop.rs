@@ -1,12 +1,15 @@
 //! Against Debian's wireguard-go, set up with `wg`.
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use mesh_tunnel::{Offloads, PeerConfig, PresharedKey, PublicKey, Tunnel, TunnelEvent};
+use mesh_tunnel::{Offloads, PeerConfig, PresharedKey, PublicKey, Tunnel, TunnelEvent, Uapi, UapiAccess};
 
 use crate::basic::tcp_transfer;
 use crate::lab::{Namespace, eventually, key, open_as, two_namespaces};
@@ -134,6 +137,76 @@ netns_tests! {
         }
         let stats = tunnel.peers();
         assert_eq!(stats[0].endpoint, Some(([10, 213, 0, 2], PORT).into()));
+    }
+}
+
+fn wg(namespace: &Namespace, command: &str) -> Output {
+    let mut wg = Command::new("wg");
+    namespace.run(|| wg.args(command.split_whitespace()).output().expect("wg must be installed"))
+}
+
+fn text(output: Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+netns_tests! {
+    fn wg_configures_and_shows_our_interface() {
+        let (a, b) = two_namespaces();
+        let (go, tunnel) = (WireguardGo::start(b), Arc::<dyn Tunnel>::from(ours(&a)));
+        // Both sockets would be called wg0: theirs is out of the way once it is configured.
+        go.add_peer(key(3).public(), "");
+        crate::lab::run("mv", &["/var/run/wireguard/wg0.sock", "/var/run/wireguard/theirs"]);
+        let uapi = Uapi::serve(&tunnel, UapiAccess::ReadWrite).unwrap();
+        fs::write("/run/ours", STANDARD.encode(*key(3).to_bytes())).unwrap();
+        let peer = key(2).public();
+        let command = format!(
+            "set wg0 private-key /run/ours listen-port {} peer {peer} preshared-key /run/psk endpoint 10.213.0.2:{PORT} \
+             allowed-ips 10.214.0.2/32,fd14::2/128 persistent-keepalive 7",
+            tunnel.listen_port()
+        );
+        text(wg(&a, &command));
+        assert_eq!(tunnel.public_key(), key(3).public());
+        traffic(&a, &go.namespace);
+        let shown = text(wg(&a, "show wg0"));
+        for part in [&peer.to_string(), "10.214.0.2/32", "fd14::2/128", "10.213.0.2:51820", "every 7 seconds", "ago"] {
+            assert!(shown.contains(part), "{part} in {shown}");
+        }
+        let dump = text(wg(&a, "show wg0 dump"));
+        for secret in [STANDARD.encode(PSK), STANDARD.encode(*key(3).to_bytes())] {
+            assert!(!dump.contains(&secret), "secret in {dump}");
+        }
+        // The preshared key survives an update that does not name it.
+        text(wg(&a, &format!("set wg0 peer {peer} persistent-keepalive 0")));
+        assert!(tunnel.peer(&peer).unwrap().preshared_key == Some(PresharedKey::from_bytes(PSK)));
+        for refused in ["set wg0 listen-port 9", "set wg0 fwmark 7"] {
+            assert!(!wg(&a, refused).status.success(), "{refused}");
+        }
+        let overlap = format!("set wg0 peer {} allowed-ips 10.214.0.2/32", key(9).public());
+        assert!(!wg(&a, &overlap).status.success());
+        text(wg(&a, &format!("set wg0 peer {peer} remove")));
+        assert_eq!(tunnel.peers(), []);
+        drop(uapi);
+        assert!(!wg(&a, "show wg0").status.success());
+    }
+
+    fn a_socket_for_reading_refuses_changes() {
+        let (a, _b) = two_namespaces();
+        let tunnel = Arc::<dyn Tunnel>::from(ours(&a));
+        tunnel.set_peer(their_config(true)).unwrap();
+        let _uapi = Uapi::serve(&tunnel, UapiAccess::Read).unwrap();
+        assert!(text(wg(&a, "show wg0")).contains(&key(2).public().to_string()));
+        assert!(!wg(&a, &format!("set wg0 peer {} remove", key(2).public())).status.success());
+        assert_eq!(tunnel.peers().len(), 1);
+        // Somebody else's socket is not taken away, a dead one is.
+        assert!(Uapi::serve(&tunnel, UapiAccess::Read).is_err());
+        let mut client = UnixStream::connect("/var/run/wireguard/wg0.sock").unwrap();
+        client.write_all(b"nonsense\n\nget=1\n\n").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("errno=-71\n\nlisten_port="), "{answer}");
+        assert!(answer.ends_with("errno=0\n\n"), "{answer}");
     }
 }
 
