@@ -100,7 +100,7 @@ fn crls(info: &pb::CaInfo, now: i64) -> Table {
             format!("#{}", crl.number),
             crl.issuer.clone(),
             crl.entries.to_string(),
-            ago(crl.this_update, now),
+            ago(crl.signed_at, now),
             left(crl.next_update, now),
         ]);
     }
@@ -117,7 +117,7 @@ fn document(info: &pb::CaInfo) -> Value {
     let crl = |crl: &pb::CrlInfo| {
         json!({
             "issuer": crl.issuer, "issuerKeyId": hex::encode(&crl.issuer_key_id), "shard": crl.shard, "number": crl.number,
-            "thisUpdate": rfc3339(crl.this_update), "nextUpdate": rfc3339(crl.next_update), "entries": crl.entries,
+            "thisUpdate": rfc3339(crl.this_update), "signedAt": rfc3339(crl.signed_at), "nextUpdate": rfc3339(crl.next_update), "entries": crl.entries,
         })
     };
     json!({

@@ -8,7 +8,7 @@ use crate::{
     app::{App, Watch},
     audit, ca, cert,
     client::{Places, Target},
-    completions, demo, doctor, enroll,
+    clock, completions, demo, doctor, enroll,
     error::EXIT_CODES,
     explain, login, node, operator,
     output::{Color, Format, Output},
@@ -117,6 +117,9 @@ pub(crate) enum Command {
     /// The people who may use this controller
     #[command(subcommand)]
     Operator(operator::Command),
+    /// The controller's clock, after it jumped
+    #[command(subcommand)]
+    Clock(clock::Command),
     /// Become an operator on this machine with a one-time token
     Login(login::Login),
     /// Build a mesh of three nodes on this machine and try everything, in seconds

@@ -17,6 +17,7 @@ mod trust;
 mod audit;
 mod ca;
 mod cert;
+mod clock;
 mod completions;
 mod demo;
 mod doctor;
@@ -92,6 +93,7 @@ async fn ask(command: Command, app: &App) -> Result<Exit> {
         Command::Doctor(command) => command.run(app).await,
         Command::Audit(command) => command.run(app).await,
         Command::Operator(command) => command.run(app).await,
+        Command::Clock(command) => command.run(app).await,
         Command::Login(command) => command.run(app).await,
         Command::Demo(_) | Command::Probe(_) | Command::Completions(_) | Command::Explain(_) => {
             unreachable!("`run` answers these without a runtime")

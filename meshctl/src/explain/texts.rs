@@ -364,7 +364,7 @@ pub(super) const fn text(code: ErrorCode) -> Text {
         ErrorCode::ClockJump => (
             "the controller's clock jumped",
             "It moved by more than ten minutes. Until an operator has confirmed the time, nothing that depends on it is decided.",
-            "Set the clock right and restart the controller.",
+            "Check the controller's clock, then run `meshctl clock confirm`.",
         ),
         ErrorCode::Usage => (
             "the command line is wrong",

@@ -42,7 +42,7 @@ fn head(status: &pb::FleetStatus, now: i64) -> String {
         format!("issuing CA until {}", date(status.issuing_not_after)),
     ];
     if status.crl_number > 0 {
-        let age = ago(status.crl_this_update, now);
+        let age = ago(status.crl_signed_at, now);
         let age = age.strip_suffix(" ago").map_or_else(|| "is new".to_owned(), |span| format!("{span} old"));
         parts.push(format!("CRL #{} {age}", status.crl_number));
     }
@@ -57,7 +57,7 @@ fn document(status: &pb::FleetStatus) -> Value {
         "fleet": status.fleet, "trustDomain": status.trust_domain, "controller": status.controller,
         "version": status.version, "rootNotAfter": rfc3339(status.root_not_after),
         "issuingNotAfter": rfc3339(status.issuing_not_after), "crlNumber": status.crl_number,
-        "crlThisUpdate": rfc3339(status.crl_this_update), "survivesUntil": rfc3339(status.survives_until),
+        "crlThisUpdate": rfc3339(status.crl_this_update), "crlSignedAt": rfc3339(status.crl_signed_at), "survivesUntil": rfc3339(status.survives_until),
         "headSeq": status.head_seq, "controllerTime": rfc3339(status.controller_time),
         "findings": finding_documents(&status.findings),
         "nodes": status.nodes.iter().map(node::document).collect::<Vec<_>>(),
@@ -77,7 +77,8 @@ mod tests {
             root_not_after: NOW + 3653 * 86_400,
             issuing_not_after: NOW + 731 * 86_400,
             crl_number: 41,
-            crl_this_update: NOW - 38,
+            crl_this_update: NOW - 38 - 900,
+            crl_signed_at: NOW - 38,
             survives_until: NOW + 51 * 3600,
             nodes: vec![pb::Node {
                 name: "db-2".into(),
