@@ -11,8 +11,10 @@ use crate::endpoints::{Endpoints, Overlay, Source};
 use crate::ids::NodeId;
 use crate::limits::PEERS_PER_MAP_MAX;
 
-/// Between two tries of a silent peer. WireGuard paper §6.1 `Rekey-Timeout`.
-pub const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+/// Between two tries of a silent peer. Shorter than WireGuard's own `Rekey-Timeout` of 5 s (paper §6.1),
+/// since each try of the first round goes to another endpoint: a host with several addresses must not make
+/// the first packet wait for that many timeouts.
+pub const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest pause between two tries of a peer that is silent at every endpoint.
 pub const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(60);
 /// A peer that was not heard for so long has no session left. WireGuard paper §6.1 `Reject-After-Time`.
@@ -160,7 +162,7 @@ impl Action {
 /// with up to a fifth of jitter.
 fn pause(tries: u32, endpoints: usize, rng: &mut StdRng) -> Duration {
     let rounds = tries / u32::try_from(endpoints.max(1)).unwrap_or(u32::MAX);
-    let pause = PROBE_INTERVAL.saturating_mul(1 << rounds.min(4)).min(PROBE_INTERVAL_MAX);
+    let pause = PROBE_INTERVAL.saturating_mul(1 << rounds.min(6)).min(PROBE_INTERVAL_MAX);
     pause + rng.random_range(Duration::ZERO..pause / 5)
 }
 
