@@ -136,11 +136,13 @@ impl Leave {
         } else {
             "this machine is in no mesh"
         };
-        let mut lines = vec![line.to_owned()];
-        if !answer.detail.is_empty() {
-            lines.push(safe(&answer.detail).into_owned());
-        }
-        app.out.action("Departure", answer.changed, json!({ "detail": answer.detail }), "", &lines);
+        app.out.action(
+            "Departure",
+            answer.changed,
+            json!({ "detail": answer.detail }),
+            "",
+            &[line.to_owned()],
+        );
         Ok(Exit::Done)
     }
 }

@@ -263,10 +263,11 @@ async fn rotate_keys(app: &App, name: String) -> Result<Exit> {
 }
 
 fn acted(app: &App, kind: &str, name: &str, answer: &pb::ActionResponse, line: &str) {
-    let mut lines = vec![format!("node {} {line}", safe(name))];
-    if !answer.detail.is_empty() {
-        lines.push(safe(&answer.detail).into_owned());
-    }
+    // The controller's own words say more, for instance which tags there are now.
+    let lines = [match answer.changed && !answer.detail.is_empty() {
+        true => safe(&answer.detail).into_owned(),
+        false => format!("node {} {line}", safe(name)),
+    }];
     app.out.action(kind, answer.changed, json!({ "name": name, "detail": answer.detail }), name, &lines);
 }
 
@@ -287,10 +288,19 @@ impl Tag {
     }
 }
 
+/// Global options that look like the removal of a tag.
+const OPTIONS: [&str; 5] = ["-h", "-o", "-q", "-v", "-y"];
+
 /// `+a -b` into what is added and what is removed.
 fn split(changes: &[String]) -> Result<(Vec<String>, Vec<String>)> {
     let (mut add, mut remove) = (Vec::new(), Vec::new());
     for change in changes {
+        if OPTIONS.contains(&change.as_str()) {
+            return Err(Failure::usage(
+                format!("{change} could be an option or a tag to remove"),
+                "put options before `node tag`, as in `meshctl -o json node tag web-1 +web`",
+            ));
+        }
         match (change.strip_prefix('+'), change.strip_prefix('-')) {
             (Some(tag), _) if !tag.is_empty() => add.push(tag.to_owned()),
             (_, Some(tag)) if !tag.is_empty() && !tag.starts_with('-') => remove.push(tag.to_owned()),
@@ -337,8 +347,15 @@ fn head(name: &str, answer: &pb::RevokeResponse, remove: bool) -> String {
     if !answer.changed {
         return format!("node {} was {} already", safe(name), if remove { "removed" } else { "revoked" });
     }
-    let mut parts =
-        vec![format!("{} revoked (CRL #{})", count(answer.revoked.len(), "certificate"), answer.crl_number)];
+    let mut parts = Vec::new();
+    // Removing a node that was revoked before revokes nothing more.
+    if !answer.revoked.is_empty() {
+        parts.push(format!(
+            "{} revoked (CRL #{})",
+            count(answer.revoked.len(), "certificate"),
+            answer.crl_number
+        ));
+    }
     if answer.peer_removed {
         parts.push("WireGuard peer removed".to_owned());
     }
@@ -443,7 +460,7 @@ mod tests {
             changes(&["+web", "-db", "+x"]).unwrap(),
             (vec!["web".into(), "x".into()], vec!["db".into()])
         );
-        for bad in ["web", "+", "-", "--quiet"] {
+        for bad in ["web", "+", "-", "--quiet", "-q", "-o"] {
             assert_eq!(changes(&[bad]).unwrap_err().exit, Exit::Usage, "{bad}");
         }
     }
@@ -463,6 +480,8 @@ mod tests {
             head("old-1", &answer, false),
             "node old-1: 2 certificates revoked (CRL #42), WireGuard peer removed, 1 token void, 2 open streams closed"
         );
+        let removed = pb::RevokeResponse { changed: true, ..pb::RevokeResponse::default() };
+        assert_eq!(head("old-1", &removed, true), "node old-1: removed from the list");
         assert_eq!(head("old-1", &pb::RevokeResponse::default(), false), "node old-1 was revoked already");
     }
 }

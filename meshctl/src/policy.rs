@@ -105,12 +105,11 @@ fn refusal(answer: &pb::PolicyCheck) -> Option<Failure> {
 async fn apply(app: &App, document: &Document) -> Result<Exit> {
     let request = document.read()?;
     let answer = app.ask(client!(PolicyClient<_>, app.controller().await?).apply(request)).await?;
-    let mut lines = vec![
-        if answer.changed { "the policy is in force" } else { "this policy was in force already" }.to_owned(),
-    ];
-    if !answer.detail.is_empty() {
-        lines.push(safe(&answer.detail).into_owned());
-    }
+    let lines = [match (answer.changed, answer.detail.is_empty()) {
+        (true, true) => "the policy is in force".to_owned(),
+        (true, false) => safe(&answer.detail).into_owned(),
+        (false, _) => "this policy was in force already".to_owned(),
+    }];
     app.out.action("PolicyApplication", answer.changed, json!({ "detail": answer.detail }), "policy", &lines);
     Ok(Exit::Done)
 }

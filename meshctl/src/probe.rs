@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -184,7 +184,17 @@ impl Serve {
 fn answer(mut tcp: TcpStream, dir: &Path) -> Result<String, Problem> {
     limit(&tcp)?;
     let mut tls = ServerConnection::new(Arc::new(Pair::read(dir)?.server()?))?;
-    let mut stream = Stream::new(&mut tls, &mut tcp);
+    let served = serve_one(&mut tls, &mut tcp);
+    if served.is_err() {
+        // Closing on unread bytes sends a reset, which would overtake the alert that says why.
+        let _ = tcp.shutdown(Shutdown::Write);
+        let _ = io::copy(&mut tcp.take(MESSAGE_BYTES_MAX), &mut io::sink());
+    }
+    served
+}
+
+fn serve_one(tls: &mut ServerConnection, tcp: &mut TcpStream) -> Result<String, Problem> {
+    let mut stream = Stream::new(tls, tcp);
     read_head(&mut stream)?;
     let client = match stream.conn.peer_certificates() {
         Some([leaf, ..]) => identity(leaf)?,
@@ -328,9 +338,14 @@ impl Get {
         limit(&tcp)?;
         let mut tls = ClientConnection::new(config, ServerName::try_from(name.to_owned())?)?;
         let mut stream = Stream::new(&mut tls, &mut tcp);
-        write!(stream, "GET / HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n")?;
+        // A server that refuses us may be gone before we have written; its alert still waits to be read.
+        let asked = write!(stream, "GET / HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n");
         let mut text = Vec::new();
-        Read::by_ref(&mut stream).take(MESSAGE_BYTES_MAX).read_to_end(&mut text)?;
+        match (Read::by_ref(&mut stream).take(MESSAGE_BYTES_MAX).read_to_end(&mut text), asked) {
+            (Err(error), _) if is_alert(&error) => return Err(error.into()),
+            (_, Err(error)) | (Err(error), _) => return Err(error.into()),
+            (Ok(_), Ok(())) => {}
+        }
         let serial = match stream.conn.peer_certificates() {
             Some([leaf, ..]) => Facts::read(leaf).map_err(|failure| failure.title)?.serial,
             _ => return Err("the server showed no certificate".into()),

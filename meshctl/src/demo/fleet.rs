@@ -5,16 +5,16 @@ use std::{
     fs,
     io::Write as _,
     net::{SocketAddr, UdpSocket},
-    os::unix::net::UnixStream,
+    os::unix::{net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
-use mesh_lab::{Host, Lab, Processes, wait_until};
+use mesh_lab::{Host, Isolation, Lab, Processes, wait_until};
 use serde_json::Value;
 
-use super::{Broken, screen::Screen};
+use super::{Broken, interrupt::Interrupt, screen::Screen};
 use crate::client::{CONTROLLER_SOCKET, NODE_SOCKET};
 
 pub(super) const CONTROLLER: &str = "controller";
@@ -25,9 +25,9 @@ pub(super) const DOMAIN: &str = "mesh.internal";
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Given to every `meshctl`, so that a daemon that hangs fails the step rather than the demo's user.
 const COMMAND_LIMIT: &str = "20s";
-/// For a packet that is expected, and for one that must not arrive.
-const DATAGRAM_LIMIT: Duration = Duration::from_millis(250);
-const DATAGRAM_TRIES: usize = 8;
+/// A packet crosses the mesh in about a millisecond: one that is not there after this long does not come.
+const DATAGRAM_LIMIT: Duration = Duration::from_millis(60);
+const DATAGRAM_TRIES: usize = 5;
 
 /// How a command ended.
 #[derive(Debug)]
@@ -72,6 +72,8 @@ pub(super) struct Fleet {
     folder: Folder,
     /// What later steps know from earlier ones.
     pub(super) memory: Memory,
+    pub(super) interrupt: Interrupt,
+    pub(super) user_namespace: bool,
 }
 
 #[derive(Debug, Default)]
@@ -87,7 +89,7 @@ struct Folder {
 }
 
 impl Fleet {
-    pub(super) fn new(count: u8, screen: Screen) -> Result<Self, Broken> {
+    pub(super) fn new(count: u8, screen: Screen, isolation: Isolation) -> Result<Self, Broken> {
         let meshctl = std::env::current_exe()
             .map_err(|error| Broken::new(format!("cannot find meshctl itself: {error}")))?;
         let meshd = find_meshd(&meshctl)?;
@@ -104,13 +106,30 @@ impl Fleet {
             nodes.push(Node { name, host, ipv4: String::new() });
         }
         let processes = Processes::new(folder.path.join("logs"))?;
+        let interrupt = Interrupt::arm(folder.path.clone())?;
         let memory = Memory::default();
-        Ok(Self { processes, _lab: lab, controller, nodes, screen, meshd, meshctl, folder, memory })
+        Ok(Self {
+            processes,
+            _lab: lab,
+            controller,
+            nodes,
+            screen,
+            meshd,
+            meshctl,
+            folder,
+            memory,
+            interrupt,
+            user_namespace: isolation.user_namespace,
+        })
     }
 
     /// A path inside the demo's folder.
     pub(super) fn path(&self, name: &str) -> PathBuf {
         self.folder.path.join(name)
+    }
+
+    pub(super) fn meshctl_path(&self) -> &Path {
+        &self.meshctl
     }
 
     pub(super) fn node(&self, name: &str) -> &Node {
@@ -144,12 +163,15 @@ impl Fleet {
     fn command(&self, host: &Host, program: &Path, words: &[&str]) -> Command {
         let mut command = host.command(program);
         for (name, _) in std::env::vars_os() {
-            if name.as_encoded_bytes().starts_with(b"MESH_") {
+            // The caller's own settings must not steer the demo; a fault to be tried is meant for it.
+            if name.as_encoded_bytes().starts_with(b"MESH_") && name != "MESH_FAILPOINT" {
                 command.env_remove(name);
             }
         }
         command.args(words).env("MESH_TIMEOUT", COMMAND_LIMIT).env("MESH_CONTEXT", self.path("no-context"));
         command.env("NO_COLOR", "1").env_remove("CREDENTIALS_DIRECTORY").current_dir(&self.folder.path);
+        // Ctrl-C is for the demo, which ends the others.
+        command.process_group(0);
         command
     }
 
@@ -239,6 +261,7 @@ impl Fleet {
 
     /// Leaves the folder behind for whoever looks into a failure.
     pub(super) fn keep(&mut self) -> PathBuf {
+        self.interrupt.disarm();
         if let Some(temporary) = self.folder.temporary.take() {
             self.folder.path = temporary.keep();
         }

@@ -4,6 +4,7 @@
 //! would. Every line is printed from what was seen, and a step that is not seen to hold fails the demo.
 
 mod fleet;
+mod interrupt;
 mod screen;
 mod stay;
 mod steps;
@@ -82,7 +83,7 @@ impl Demo {
             "private network namespaces (nothing outside is touched)"
         };
         screen.line(&format!("mesh demo: 1 controller, {} nodes, {root}", self.nodes));
-        let mut fleet = Fleet::new(self.nodes, screen).map_err(|broken| {
+        let mut fleet = Fleet::new(self.nodes, screen, isolation).map_err(|broken| {
             Failure::new(ErrorCode::Internal, "the demo could not start")
                 .why(broken.0)
                 .next("see the message; nothing was changed")
