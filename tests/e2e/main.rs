@@ -1,3 +1,11 @@
 //! The product as its users run it: real processes, real TUN devices, real third-party programs.
 
+mod bad_input;
+mod crash;
+mod demo;
+mod enrollment;
+mod lifetime;
 mod mesh;
+mod outage;
+mod revocation;
+mod services;

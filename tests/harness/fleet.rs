@@ -1,4 +1,5 @@
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     path::{Path, PathBuf},
     process::Command,
@@ -31,6 +32,7 @@ pub struct Fleet {
     pub lab: Lab,
     folder: TempDir,
     hosts: u8,
+    known: BTreeMap<String, (IpAddr, IpAddr)>,
 }
 
 impl Fleet {
@@ -46,7 +48,8 @@ impl Fleet {
     pub fn without_controller() -> Self {
         let folder = tempfile::Builder::new().prefix("mesh-test-").tempdir().expect("a folder under /tmp");
         let processes = Processes::new(folder.path().join("logs")).expect("the log folder");
-        let mut fleet = Self { processes, lab: Lab::new().expect("a lab"), folder, hosts: 0 };
+        let mut fleet =
+            Self { processes, lab: Lab::new().expect("a lab"), folder, hosts: 0, known: BTreeMap::new() };
         fleet.add_host(CONTROLLER);
         fleet
     }
@@ -129,14 +132,20 @@ impl Fleet {
         command
     }
 
+    /// `meshd controller run`, not started yet.
+    pub fn controller_run_command(&self) -> Command {
+        let mut command = self.controller_command(&["run"]);
+        command.arg("--socket").arg(self.socket(CONTROLLER));
+        command
+    }
+
     pub fn start_controller(&mut self) {
         self.start_controller_with(&[]);
     }
 
     /// Starts the controller with environment variables set, and waits until it answers.
     pub fn start_controller_with(&mut self, environment: &[(&str, &str)]) {
-        let mut command = self.controller_command(&["run"]);
-        command.arg("--socket").arg(self.socket(CONTROLLER));
+        let mut command = self.controller_run_command();
         command.envs(environment.iter().copied());
         self.processes.spawn(CONTROLLER, command).expect("the controller starts");
         self.until("the controller answers", |fleet| fleet.controller(&["ca", "show"]).code == 0);
@@ -209,6 +218,12 @@ impl Fleet {
         (address("ipv4"), address("ipv6"))
     }
 
+    /// The overlay addresses of node `name` as they were when all was up, so that they can be asked
+    /// for with the controller down.
+    pub fn addresses_known(&self, name: &str) -> (IpAddr, IpAddr) {
+        *self.known.get(name).unwrap_or_else(|| panic!("{name} was not part of the mesh"))
+    }
+
     /// Whether one echo over the overlay comes back within a second.
     pub fn pings(&self, from: &str, to: IpAddr) -> bool {
         self.on(from, "ping", &["-n", "-c1", "-W1", &to.to_string()]).code == 0
@@ -217,6 +232,7 @@ impl Fleet {
     /// Waits until each of `names` reaches each other over both families.
     pub fn wait_meshed(&mut self, names: &[&str]) {
         let addresses: Vec<_> = names.iter().map(|name| (*name, self.addresses(name))).collect();
+        self.known.extend(addresses.iter().map(|(name, pair)| ((*name).to_owned(), *pair)));
         for from in names {
             for (to, (ipv4, ipv6)) in addresses.iter().filter(|(to, _)| to != from) {
                 for address in [*ipv4, *ipv6] {

@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod binaries;
+mod clock;
 mod command;
 mod fleet;
 
 pub use binaries::binary;
+pub use clock::move_clock;
 pub use command::{Ran, run};
 pub use fleet::{CONTROLLER, Fleet, fleet_test};
 pub use mesh_lab::wait_until;
