@@ -117,4 +117,31 @@ mod tests {
         assert!(!text.contains("elements"), "{text}");
         assert!(text.contains("ip saddr != @peers4 drop"), "{text}");
     }
+
+    /// Judged by nft itself, in a network namespace of its own. Left out, and said, where namespaces are denied.
+    #[test]
+    fn nft_takes_every_form_and_the_table_is_replaced_as_a_whole() {
+        let empty = Firewall { peers: BTreeSet::new(), inbound: BTreeSet::new(), ..firewall() };
+        let script = [firewall().ruleset(), empty.ruleset(), firewall().ruleset()]
+            .map(|text| format!("nft -c -f - <<'E' && nft -f - <<'E'\n{text}E\n{text}E\n"))
+            .join("test $? = 0 || exit 9\n");
+        let foreign = "nft add table inet theirs || exit 77\n";
+        let removal = format!("nft list tables; nft -f - <<'E'\n{}E\nnft list tables\n", Firewall::removal());
+        let output = std::process::Command::new("unshare")
+            .args(["-Urn", "sh", "-c", &format!("{foreign}{script}{removal}")])
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .output();
+        let output = match output {
+            Ok(output) if output.status.code() != Some(77) && output.status.code() != Some(127) => output,
+            _ => return eprintln!("left out: no nft, or no namespaces here"),
+        };
+        let said = String::from_utf8_lossy(&output.stderr);
+        if said.contains("unshare failed") || said.contains("Operation not permitted") {
+            return eprintln!("left out: {said}");
+        }
+        assert!(output.status.success(), "{said}");
+        let tables = String::from_utf8_lossy(&output.stdout);
+        let tables: Vec<&str> = tables.lines().collect();
+        assert_eq!(tables, ["table inet theirs", "table inet meshd", "table inet theirs"]);
+    }
 }

@@ -16,7 +16,6 @@ mod join;
 mod limits;
 mod local;
 mod network;
-mod paths;
 mod ping;
 mod pki;
 mod roster;

@@ -48,7 +48,10 @@ pub(super) async fn doctor(node: &Node) -> Result<pb::DoctorReport, Failure> {
     report.check("identity", expired);
     let uplink = session.uplink.status();
     let offline = (!uplink.connected).then(|| {
-        let what = format!("no connection to {}: {}", uplink.controller, uplink.problem);
+        let what = match uplink.problem.as_str() {
+            "" => "no connection yet".to_owned(),
+            problem => format!("no connection: {problem}"),
+        };
         ("warn", what, "check that the controller runs and its port is open from here")
     });
     report.check("controller", offline);

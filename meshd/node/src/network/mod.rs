@@ -23,7 +23,7 @@ pub(crate) use worker::{Setup, Worker};
 /// What the other tasks ask of the network.
 pub(crate) enum Command {
     Map {
-        update: Update,
+        update: Box<Update>,
         reply: oneshot::Sender<Result<(), RosterError>>,
     },
     Crls {
@@ -120,6 +120,7 @@ impl From<Gone> for Failure {
 impl NetworkHandle {
     /// Applies a map; when this returns, it has taken effect.
     pub(crate) async fn apply(&self, update: Update) -> Result<Result<(), RosterError>, Gone> {
+        let update = Box::new(update);
         self.ask(|reply| Command::Map { update, reply }).await
     }
 

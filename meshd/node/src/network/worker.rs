@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use mesh_core::NodeId;
+use mesh_core::endpoints::Overlay;
+use mesh_core::peer_table::{Action, PeerTable};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
 use mesh_tunnel::{BackendKind, PeerConfig, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
-use super::endpoints::Overlay;
+use super::endpoints::{candidates, own_endpoints};
 use super::lease::Leases;
 use super::overlay;
 use super::{Belief, Command, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire};
@@ -23,7 +26,6 @@ use crate::firewall::Firewall;
 use crate::hostop::{Host, HostOp};
 use crate::identity::Active;
 use crate::join::wireguard_key;
-use crate::paths::{Action, Paths};
 use crate::pki::Trust;
 use crate::roster::{Peer, Place, Roster, RosterError};
 use crate::state::{Identity, StateDir};
@@ -59,10 +61,13 @@ pub(crate) struct Worker {
     overlay: Overlay,
     host: Host,
     tunnel: Arc<dyn Tunnel>,
-    paths: Paths,
+    /// Which endpoint each peer is tried at, and when.
+    table: PeerTable,
     leases: Leases,
     /// Peers that are in the tunnel and in the firewall.
     current: BTreeMap<u32, Peer>,
+    /// Their ids by WireGuard key.
+    ids: BTreeMap<[u8; 32], u32>,
     /// The table as it was last applied.
     firewall: Option<Firewall>,
     /// Endpoints told of nodes, by id, as they came.
@@ -91,7 +96,7 @@ impl Worker {
         })?;
         let roster = stored_roster(&state, &mut trust, &findings)?;
         let place = place_of(identity)?;
-        let overlay = Overlay { ipv4_pool: place.ipv4_pool, ipv6_prefix: place.ipv6_prefix };
+        let overlay = Overlay { ipv4: place.ipv4_pool, ipv6: place.ipv6_prefix };
         let host = Host::open()?;
         overlay::close_the_gaps(&host, &place, &findings).await?;
         let private_key = wireguard_key(&identity.wireguard_keys[0])?;
@@ -123,9 +128,10 @@ impl Worker {
             overlay,
             host,
             tunnel,
-            paths: Paths::default(),
+            table: PeerTable::new(overlay, mesh_runtime::random_bytes()),
             leases: Leases::default(),
             current: BTreeMap::new(),
+            ids: BTreeMap::new(),
             firewall,
             told,
             told_changed: false,
@@ -170,7 +176,7 @@ impl Worker {
                     None => return Err(broken("its event queue ended")),
                 },
                 () = tokio::time::sleep_until(wake.into()) => {
-                    self.paths.handle_timeout(self.clock.own().now());
+                    self.table.handle_timeout(self.clock.own().now());
                     if self.next_lease.is_some_and(|at| self.clock.since_boot() >= at) {
                         self.reconcile().await;
                     }
@@ -183,7 +189,7 @@ impl Worker {
     async fn handle(&mut self, command: Command) {
         match command {
             Command::Map { update, reply } => {
-                let result = self.apply(update).await;
+                let result = self.apply(*update).await;
                 // The asker may have lost its connection meanwhile.
                 let _ = reply.send(result);
             }
@@ -281,10 +287,7 @@ impl Worker {
             if peer.endpoints.is_empty() {
                 continue;
             }
-            if let Some(known) = self.current.get(&peer.node_id) {
-                let candidates = self.overlay.candidates(&peer.endpoints);
-                self.paths.handle_candidates(&known.wireguard_key(), &candidates, now);
-            }
+            self.table.handle_candidates(NodeId(peer.node_id), &candidates(&peer.endpoints), now);
             self.told.insert(peer.node_id, peer.endpoints);
             self.told_changed = true;
         }
@@ -315,34 +318,49 @@ impl Worker {
         let now = self.clock.own().now();
         match event {
             TunnelEvent::HandshakeDone { peer } => {
-                let endpoint = self
-                    .tunnel
-                    .peers()
-                    .into_iter()
-                    .find(|stats| stats.public_key == peer)
-                    .and_then(|stats| stats.endpoint);
-                self.paths.handle_handshake(&peer.0, endpoint);
+                // Where the tunnel sends to; had it been elsewhere, an event of its own would say so.
+                if let Some(id) = self.id_of(&peer)
+                    && let Some(endpoint) = self.table.endpoint(id)
+                {
+                    self.table.handle_authenticated(id, endpoint, now);
+                }
             }
-            TunnelEvent::EndpointChanged { peer, from } => self.paths.handle_roaming(&peer.0, from),
-            TunnelEvent::PeerSilent { peer } => self.paths.handle_silence(&peer.0, now),
+            TunnelEvent::EndpointChanged { peer, from } => {
+                if let Some(id) = self.id_of(&peer) {
+                    self.table.handle_authenticated(id, from, now);
+                    self.told_changed = true;
+                }
+            }
+            TunnelEvent::PeerSilent { peer } => {
+                if let Some(id) = self.id_of(&peer) {
+                    self.table.handle_no_reply(id, now);
+                }
+            }
             _ => {}
         }
     }
 
-    /// Carries out what the path machine wants.
+    fn id_of(&self, key: &PublicKey) -> Option<NodeId> {
+        self.ids.get(&key.0).copied().map(NodeId)
+    }
+
+    /// Carries out what the peer table wants.
     fn act(&mut self) {
-        while let Some(Action::Probe { peer, endpoint }) = self.paths.poll_action() {
-            let key = PublicKey(peer);
-            if self.tunnel.set_endpoint(&key, endpoint) {
-                self.tunnel.initiate_handshake(&key);
-            }
+        while let Some(action) = self.table.poll_action() {
+            let (Action::SetEndpoint { peer, .. } | Action::Handshake { peer }) = action;
+            let Some(peer) = self.current.get(&peer.0) else { continue };
+            let key = PublicKey(peer.wireguard_key());
+            match action {
+                Action::SetEndpoint { endpoint, .. } => self.tunnel.set_endpoint(&key, endpoint),
+                Action::Handshake { .. } => self.tunnel.initiate_handshake(&key),
+            };
         }
     }
 
     fn wake(&self) -> Instant {
         let now = self.clock.own().now();
         let lease = self.next_lease.map(|at| now + at.saturating_sub(self.clock.since_boot()));
-        let path = self.paths.poll_timeout();
+        let path = self.table.poll_timeout();
         [lease, path].into_iter().flatten().min().unwrap_or(now + TICK).min(now + TICK)
     }
 
@@ -365,9 +383,9 @@ impl Worker {
         if self.firewall.is_none() {
             // Fail closed: without the receiver's rules nobody is let in.
             self.cut_off(&BTreeMap::new());
-            return;
+        } else {
+            self.let_in(wanted);
         }
-        self.let_in(wanted);
     }
 
     /// The peers that the chains vouch for and whose leases hold.
@@ -414,34 +432,37 @@ impl Worker {
             .collect();
         for (id, key, name) in gone {
             self.tunnel.remove_peer(&PublicKey(key));
-            self.paths.remove_peer(&key);
             self.current.remove(&id);
+            self.ids.remove(&key);
             tracing::info!(peer = name, "peer cut off");
         }
     }
 
     fn let_in(&mut self, wanted: BTreeMap<u32, Peer>) {
         let now = self.clock.own().now();
+        let ids: BTreeSet<NodeId> = wanted.keys().copied().map(NodeId).collect();
+        self.table.handle_peers(&ids, now);
         let mut keys = Vec::new();
         for (id, peer) in wanted {
-            let key = peer.wireguard_key();
             if !self.current.contains_key(&id) {
-                if let Err(error) = self.tunnel.set_peer(peer_config(&peer)) {
+                // A peer with a new key stays where it was.
+                let known = self.table.endpoint(NodeId(id));
+                if let Err(error) = self.tunnel.set_peer(peer_config(&peer, known)) {
                     let finding = format!("tunnel/{id:08}");
                     let failure = overlay::tunnel_failure(error);
-                    self.findings.raise_failure(
-                        finding.clone(),
-                        format!("peer {}", peer.leaf.name),
-                        &failure,
-                    );
+                    let subject = format!("peer {}", peer.leaf.name);
+                    self.findings.raise_failure(finding.clone(), subject, &failure);
                     keys.push(finding);
                     continue;
                 }
                 tracing::info!(peer = peer.leaf.name, ipv4 = %peer.leaf.ipv4, "peer let in");
-                self.paths.add_peer(key);
-                if let Some(told) = self.told.get(&id) {
-                    let candidates = self.overlay.candidates(told);
-                    self.paths.handle_candidates(&key, &candidates, now);
+                self.ids.insert(peer.wireguard_key(), id);
+                match known {
+                    Some(_) => self.table.handle_no_reply(NodeId(id), now),
+                    None => {
+                        let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
+                        self.table.handle_candidates(NodeId(id), &told, now);
+                    }
                 }
             }
             self.current.insert(id, peer);
@@ -462,7 +483,7 @@ impl Worker {
         match self.host.addresses().await {
             Ok(addresses) => {
                 let (interface, port) = (self.tunnel.name(), self.tunnel.listen_port());
-                let endpoints = self.overlay.own_endpoints(&self.configured, &addresses, interface, port);
+                let endpoints = own_endpoints(self.overlay, &self.configured, &addresses, interface, port);
                 self.outlets.endpoints.send_if_modified(|before| {
                     let changed = *before != endpoints;
                     *before = endpoints;
@@ -485,7 +506,7 @@ impl Worker {
     fn status(&self) -> NetworkStatus {
         let stats: BTreeMap<[u8; 32], _> =
             self.tunnel.peers().into_iter().map(|stats| (stats.public_key.0, stats)).collect();
-        let peers = self.current.values().map(|peer| {
+        let peers = self.current.iter().map(|(id, peer)| {
             let key = peer.wireguard_key();
             let stats = stats.get(&key);
             PeerView {
@@ -494,7 +515,7 @@ impl Worker {
                 ipv6: peer.leaf.ipv6,
                 wireguard_key: key,
                 endpoint: stats.and_then(|stats| stats.endpoint),
-                candidates: self.paths.endpoints(&key),
+                candidates: self.candidates_of(*id),
                 last_handshake: stats.and_then(|stats| stats.last_handshake),
                 has_session: stats.is_some_and(|stats| stats.has_session),
                 rtt: stats.and_then(|stats| stats.rtt),
@@ -519,21 +540,32 @@ impl Worker {
         }
     }
 
+    /// Where a peer may be, the endpoint in use first.
+    fn candidates_of(&self, id: u32) -> Vec<SocketAddr> {
+        let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
+        let mut list: Vec<SocketAddr> = self.table.endpoint(NodeId(id)).into_iter().collect();
+        for (address, _) in told {
+            if !list.contains(&address) && self.overlay.may_carry(address) {
+                list.push(address);
+            }
+        }
+        list
+    }
+
     fn save_endpoints(&mut self) {
         if !std::mem::take(&mut self.told_changed) {
             return;
         }
-        let peers = self.current.iter().map(|(&node_id, peer)| {
-            // The one that answered leads, so that a start without a controller finds it first.
-            let mut endpoints: Vec<pb::Endpoint> = Vec::new();
-            let told = self.told.get(&node_id).cloned().unwrap_or_default();
-            for address in self.paths.endpoints(&peer.wireguard_key()) {
+        let peers = self.current.keys().map(|&node_id| {
+            let told = self.told.get(&node_id).map(Vec::as_slice).unwrap_or_default();
+            // The one in use leads, so that a start without a controller finds it first.
+            let endpoints = self.candidates_of(node_id).into_iter().map(|address| {
                 let address = address.to_string();
                 let source = told.iter().find(|known| known.address == address);
                 let source = source.map_or(pb::endpoint::Source::PeerSaw as i32, |known| known.source);
-                endpoints.push(pb::Endpoint { address, source });
-            }
-            pb::hints::PeerEndpoints { node_id, endpoints }
+                pb::Endpoint { address, source }
+            });
+            pb::hints::PeerEndpoints { node_id, endpoints: endpoints.collect() }
         });
         let hints = pb::Hints { peers: peers.collect(), seen_from: Vec::new() };
         if let Err(error) = self.state.save_endpoints(&hints) {
@@ -660,17 +692,19 @@ async fn apply_firewall(host: &Host, firewall: Firewall, findings: &Findings) ->
             Some(firewall)
         }
         Err(error) => {
-            findings.raise_failure("firewall", "this host's firewall; no peer is let in", &error.into());
+            let failure = Failure::from(error);
+            let what = format!("{}: no peer is let in: {}", failure.number(), failure.why);
+            findings.raise("firewall", Severity::Bad, "this host's firewall", what, failure.next);
             None
         }
     }
 }
 
-fn peer_config(peer: &Peer) -> PeerConfig {
+fn peer_config(peer: &Peer, endpoint: Option<SocketAddr>) -> PeerConfig {
     PeerConfig {
         public_key: PublicKey(peer.wireguard_key()),
         preshared_key: None,
-        endpoint: None,
+        endpoint,
         allowed_ips: vec![
             IpNet::from(std::net::IpAddr::V4(peer.leaf.ipv4)),
             IpNet::from(std::net::IpAddr::V6(peer.leaf.ipv6)),
