@@ -42,8 +42,25 @@ fn passes_as_root_or_as_who_runs_the_tests() {
 }
 
 #[test]
-fn passes_as_an_ordinary_user() {
-    passes(demo(&[], drop_privileges));
+fn passes_as_an_ordinary_user_and_looks_as_the_readme_says() {
+    let ran = demo(&[], drop_privileges);
+    let readme = include_str!("../../README.md");
+    let block = readme.split("$ meshctl demo\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let shapes = |text: &str| text.lines().map(shape).collect::<Vec<_>>();
+    assert_eq!(shapes(block), shapes(&ran.stdout), "the README's transcript and {ran}");
+    passes(ran);
+}
+
+/// A line without what differs from run to run: numbers, hashes, the width of columns.
+fn shape(line: &str) -> String {
+    let words = line.split_whitespace().map(|word| {
+        if word.starts_with("sha256:") {
+            return "sha256:#".to_owned();
+        }
+        let kept = word.replace(|letter: char| letter.is_ascii_digit() || letter == '.', "#");
+        kept.split('#').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("#")
+    });
+    words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 #[test]
