@@ -19,7 +19,7 @@ use tonic::transport::Channel;
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
-use crate::join::{check_identity, leaf_key, new_tls_key, new_wireguard_key, wireguard_key};
+use crate::join::{agrees_with_leaf, check_identity, leaf_key, new_tls_key, new_wireguard_key, wireguard_key};
 use crate::limits::{CALL_TIMEOUT, RETRY_FIRST, RETRY_LONGEST};
 use crate::pki;
 use crate::schedule::renews_at;
@@ -40,13 +40,18 @@ pub(crate) struct Active {
 
 impl Active {
     fn new(identity: Identity) -> Result<Self, Failure> {
-        let leaf = pki::read_own(&identity).map_err(|error| {
+        let unbelievable = |why: String| {
             Failure::new(
                 ErrorCode::StateCorrupt,
-                format!("the stored identity cannot be believed: {}", mesh_runtime::chain(&error)),
+                format!("the stored identity cannot be believed: {why}"),
                 "restore the state folder from a backup, or move it away and enroll again",
             )
-        })?;
+        };
+        let leaf = pki::read_own(&identity).map_err(|error| unbelievable(mesh_runtime::chain(&error)))?;
+        // What stands beside the certificate is used to set up this host: it must not say anything else.
+        if !agrees_with_leaf(&identity, &leaf)? {
+            return Err(unbelievable("its certificate says something else".to_owned()));
+        }
         Ok(Self {
             serial: leaf.serial.as_bytes().to_vec(),
             not_after: leaf.chain_not_after,

@@ -5,7 +5,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use mesh_ca::{Csr, Label, LeafKey};
+use mesh_ca::{Csr, Label, LeafKey, VerifiedLeaf};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
 use mesh_proto::v1::enroll_response::Outcome;
@@ -303,17 +303,25 @@ pub(crate) fn check_identity(identity: &Identity, clock: &ControllerClock) -> Re
         clock.now(),
     )
     .map_err(|error| unclear(&mesh_runtime::chain(&error)))?;
-    let leaf = pki::node_leaf(&verified).map_err(|error| unclear(&error.to_string()))?;
+    match agrees_with_leaf(identity, &verified)? {
+        true => Ok(()),
+        false => Err(unclear("the certificate says something else")),
+    }
+}
+
+/// Whether what stands beside the certificate is what it says: name, addresses and keys.
+pub(crate) fn agrees_with_leaf(identity: &Identity, verified: &VerifiedLeaf) -> Result<bool, Failure> {
+    let leaf = pki::node_leaf(verified).map_err(|error| unclear(&error.to_string()))?;
     let keys: Vec<[u8; 32]> = identity
         .wireguard_keys
         .iter()
         .map(|key| wireguard_key(key).map(|key| key.public().0))
         .collect::<Result<_, _>>()?;
-    let agrees = leaf.name == identity.name
+    Ok(leaf.name == identity.name
         && leaf.ipv4 == identity.ipv4
         && leaf.ipv6 == identity.ipv6
-        && leaf.wireguard_keys == keys;
-    if agrees { Ok(()) } else { Err(unclear("the certificate says something else")) }
+        && leaf.wireguard_keys == keys
+        && verified.key_hash == leaf_key(&identity.tls_key)?.key_hash())
 }
 
 pub(crate) fn new_keys() -> Result<(Secret, Secret), Failure> {
