@@ -40,6 +40,7 @@ use crate::renew::Renewer;
 use crate::reservations::Reservations;
 use crate::revoke::Revoker;
 use crate::service;
+use crate::sightings::Sightings;
 use crate::snapshots::{SNAPSHOT_VERSION, SnapshotTaker};
 use crate::state::{Settings, StateDir};
 use crate::status::Problem;
@@ -77,6 +78,7 @@ pub struct Controller {
     unix: UnixListener,
     socket: PathBuf,
     snapshots: SnapshotTaker,
+    sightings: Sightings,
     writer_thread: JoinHandle<()>,
     stop: ShutdownToken,
     fatal: ShutdownToken,
@@ -132,14 +134,14 @@ impl Controller {
             (issuing.clone(), writer.clone(), Arc::clone(&clock)),
         )
         .await
-        .map_err(|problem| startup("cannot issue the controller's certificate", problem))?;
+        .map_err(|problem| startup(&state, "cannot issue the controller's certificate", problem))?;
         let publisher = Arc::new(Publisher::new(
             Arc::clone(&directory),
             writer.clone(),
             issuing.clone(),
             (Arc::clone(&clock), state.crls()),
         ));
-        publisher.start().await.map_err(|problem| startup("cannot publish CRLs", problem))?;
+        publisher.start().await.map_err(|problem| startup(&state, "cannot publish CRLs", problem))?;
 
         let anchors = TrustAnchors::new(domain.clone(), [authority.root_der()])
             .map_err(|error| StartupError::internal("cannot use the root CA", error))?;
@@ -156,6 +158,8 @@ impl Controller {
         // The server's table of connections is part of the services, and the services of the server.
         let connections = crate::listener::Connections::default();
         let presence = Arc::new(Presence::new());
+        let sightings =
+            directory.read(|world| Sightings::open(&state, world, Arc::clone(&presence), Arc::clone(&clock)));
         let answers = IdentityAnswers {
             directory: Arc::clone(&directory),
             authority: Arc::clone(&authority),
@@ -237,6 +241,7 @@ impl Controller {
             unix,
             socket: config.socket,
             snapshots,
+            sightings,
             writer_thread,
             stop,
             fatal,
@@ -257,8 +262,20 @@ impl Controller {
     /// # Errors
     /// The journal could not be synced: the process has to end, and start anew from what is on disk.
     pub async fn run(self, shutdown: ShutdownToken) -> Result<(), StartupError> {
-        let Self { parts, own, server, tcp, unix, socket, snapshots, writer_thread, stop, fatal, announce } =
-            self;
+        let Self {
+            sightings,
+            parts,
+            own,
+            server,
+            tcp,
+            unix,
+            socket,
+            snapshots,
+            writer_thread,
+            stop,
+            fatal,
+            announce,
+        } = self;
         if announce && let Ok(address) = tcp.local_addr() {
             println!("listening on {address}");
         }
@@ -292,6 +309,10 @@ impl Controller {
         {
             let stop = stop.clone();
             tasks.spawn(async move { snapshots.run(stop).await });
+        }
+        {
+            let stop = stop.clone();
+            tasks.spawn(async move { sightings.run(stop).await });
         }
         {
             let (parts, stop) = (Arc::clone(&parts), stop.clone());
@@ -460,9 +481,9 @@ fn corrupt(state: &StateDir, what: &str) -> StartupError {
     StartupError::StateCorrupt { path: state.root().into(), what: what.into(), source: None }
 }
 
-fn startup(what: &str, problem: Problem) -> StartupError {
+fn startup(state: &StateDir, what: &str, problem: Problem) -> StartupError {
     if problem.code == pb::ErrorCode::DiskFull {
-        return StartupError::DiskFull { path: PathBuf::from("the state directory") };
+        return StartupError::DiskFull { path: state.root().into() };
     }
     StartupError::Internal { what: format!("{what}: {}", problem.why), source: None }
 }

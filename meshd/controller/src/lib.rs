@@ -44,6 +44,7 @@ mod token;
 mod wireguard;
 
 mod presence;
+mod sightings;
 mod sync;
 mod views;
 

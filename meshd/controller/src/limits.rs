@@ -73,6 +73,8 @@ pub(crate) const SNAPSHOT_EVERY_RECORDS: u64 = 4_096;
 
 /// Changes within this window travel as one message after the first.
 pub(crate) const COALESCE_WINDOW: Duration = Duration::from_millis(100);
+/// Messages of one node's stream that are taken within a second; the rest waits its turn.
+pub(crate) const STREAM_REQUESTS_PER_SECOND_MAX: u32 = 50;
 /// How long a new stream may take to say hello.
 pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Messages of one stream that wait for a slow reader; then it collapses to one from its cursor.

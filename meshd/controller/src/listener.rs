@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -227,7 +227,11 @@ pub(crate) async fn bind_tcp(address: SocketAddr) -> Result<TcpListener, Startup
 /// Opens the Unix socket with mode 0600. A socket that nobody answers on is replaced.
 pub(crate) async fn bind_unix(path: &Path) -> Result<UnixListener, StartupError> {
     let failed = |source| StartupError::Listen { address: path.display().to_string(), source };
-    if path.symlink_metadata().is_ok() {
+    if let Ok(metadata) = path.symlink_metadata() {
+        if !metadata.file_type().is_socket() {
+            // Somebody's file: not ours to remove.
+            return Err(failed(io::ErrorKind::AlreadyExists.into()));
+        }
         if UnixStream::connect(path).await.is_ok() {
             return Err(failed(io::ErrorKind::AddrInUse.into()));
         }

@@ -111,6 +111,24 @@ impl Presence {
         Session { presence: self, node, number, replaced }
     }
 
+    /// When each node was last heard of, for the next start.
+    pub(crate) fn last_seen(&self, now: UtcTime) -> BTreeMap<NodeId, UtcTime> {
+        let inner = self.lock();
+        let seen = inner.nodes.iter().filter_map(|(id, node)| {
+            let at = if node.connected { Some(now) } else { node.last_seen };
+            at.map(|at| (*id, at))
+        });
+        seen.collect()
+    }
+
+    /// Takes up what the process before knew.
+    pub(crate) fn recall(&self, last_seen: BTreeMap<NodeId, UtcTime>) {
+        let mut inner = self.lock();
+        for (id, at) in last_seen {
+            inner.nodes.entry(id).or_default().last_seen = Some(at);
+        }
+    }
+
     /// What is known about `node`; defaults if nothing is.
     pub(crate) fn of(&self, node: NodeId) -> NodePresence {
         self.lock().nodes.get(&node).cloned().unwrap_or_default()

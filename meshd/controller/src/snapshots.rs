@@ -30,14 +30,18 @@ impl SnapshotTaker {
         let mut head = self.directory.watch();
         loop {
             let seq = head.borrow_and_update().seq;
-            if seq >= self.last + SNAPSHOT_EVERY_RECORDS {
-                self.last = seq;
-                self.take().await;
-            }
+            self.take_if_due(seq).await;
             tokio::select! {
-                () = shutdown.cancelled() => return,
+                () = shutdown.cancelled() => return self.take_if_due(self.directory.head().seq).await,
                 changed = head.changed() => if changed.is_err() { return },
             }
+        }
+    }
+
+    async fn take_if_due(&mut self, seq: u64) {
+        if seq >= self.last + SNAPSHOT_EVERY_RECORDS {
+            self.last = seq;
+            self.take().await;
         }
     }
 

@@ -177,8 +177,11 @@ fn check_tree(folder: &Path, depth: u32) -> Result<(), StartupError> {
     let entries = fs::read_dir(folder).map_err(|error| StartupError::io("list", folder, error))?;
     for entry in entries {
         let path = entry.map_err(|error| StartupError::io("list", folder, error))?.path();
-        let metadata =
-            fs::symlink_metadata(&path).map_err(|error| StartupError::io("look at", &path, error))?;
+        let metadata = match fs::symlink_metadata(&path) {
+            // A controller that runs here replaces files; its lock is found next.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other.map_err(|error| StartupError::io("look at", &path, error))?,
+        };
         if metadata.is_symlink() {
             return Err(StartupError::StateSymlink { path });
         }

@@ -7,6 +7,10 @@ use tonic::{Code, Status};
 
 use crate::writer::WriteError;
 
+/// Octets of all facts, and of the reason: trailers travel as headers, and clients bound those.
+const FACTS_BYTES_MAX: usize = 4 * 1024;
+const WHY_BYTES_MAX: usize = 1024;
+
 /// A refusal or failure as the caller sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Problem {
@@ -130,16 +134,31 @@ impl Problem {
         }
     }
 
-    pub(crate) fn detail(self) -> ErrorDetail {
-        let exit = self.exit();
-        ErrorDetail { code: self.code as i32, why: self.why, next: self.next, exit, facts: self.facts }
+    /// The three facts, cut to what fits into the headers of an answer.
+    pub(crate) fn detail(mut self) -> ErrorDetail {
+        let (exit, count) = (self.exit(), self.facts.len());
+        let mut room = FACTS_BYTES_MAX;
+        self.facts.retain(|fact| {
+            room = room.saturating_sub(fact.len());
+            room > 0
+        });
+        if self.facts.len() < count {
+            self.facts.push(format!("and {} more", count - self.facts.len()));
+        }
+        ErrorDetail {
+            code: self.code as i32,
+            why: cut(self.why, WHY_BYTES_MAX),
+            next: self.next,
+            exit,
+            facts: self.facts,
+        }
     }
 }
 
 impl From<Problem> for Status {
     fn from(problem: Problem) -> Self {
         let code = problem.grpc_code();
-        let message = problem.why.clone();
+        let message = cut(problem.why.clone(), WHY_BYTES_MAX);
         Status::with_details(code, message, problem.detail().encode_to_vec().into())
     }
 }
@@ -267,6 +286,14 @@ impl From<WriteError> for Problem {
     }
 }
 
+fn cut(mut text: String, max: usize) -> String {
+    if text.len() > max {
+        text.truncate(text.floor_char_boundary(max));
+        text.push('…');
+    }
+    text
+}
+
 /// `meshctl`'s exit code for an error.
 fn exit_of(code: ErrorCode) -> i32 {
     use ErrorCode as C;
@@ -309,5 +336,31 @@ fn exit_of(code: ErrorCode) -> i32 {
         | C::OperatorExists
         | C::LastAdmin => 7,
         _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_fits_into_the_headers_of_an_answer() {
+        let mut problem = Problem::usage("ü".repeat(5_000));
+        problem.facts = (0..1_000).map(|line| format!("line {line}: something is wrong here")).collect();
+        let status = Status::from(problem);
+        assert!(status.details().len() < 6 * 1024, "{}", status.details().len());
+        assert!(status.message().len() <= WHY_BYTES_MAX + '…'.len_utf8());
+        let detail = ErrorDetail::decode(status.details()).unwrap();
+        assert_eq!((detail.code(), detail.exit), (ErrorCode::Usage, 2));
+        let more = detail.facts.last().unwrap();
+        assert_eq!(*more, format!("and {} more", 1_000 - (detail.facts.len() - 1)));
+    }
+
+    #[test]
+    fn what_went_wrong_inside_stays_inside() {
+        let error = std::io::Error::other("secret path /x/y");
+        let status = Status::from(Problem::internal_error("cannot do it", &error));
+        assert_eq!(status.code(), Code::Internal);
+        assert!(!status.message().contains("secret") && !format!("{status:?}").contains("/x/y"));
     }
 }

@@ -18,7 +18,7 @@ use crate::archive::Archive;
 use crate::gate::Connection;
 use crate::limits::{
     COALESCE_WINDOW, CRLS_PER_MESSAGE_MAX, ENDPOINTS_PER_NODE_MAX, FINDING_BYTES_MAX, FINDINGS_PER_NODE_MAX,
-    HELLO_TIMEOUT, STREAM_QUEUE_MAX, VERSION_BYTES_MAX,
+    HELLO_TIMEOUT, STREAM_QUEUE_MAX, STREAM_REQUESTS_PER_SECOND_MAX, VERSION_BYTES_MAX,
 };
 use crate::presence::{Greeting, Presence, Session, seen_endpoint};
 use crate::status::Problem;
@@ -188,14 +188,18 @@ impl Stream {
         let expiry = tokio::time::sleep(self.expires_in);
         tokio::pin!(expiry);
         let (mut due, mut next_send) = (true, Instant::now());
+        let mut budget = Budget::new(Instant::now());
         loop {
             tokio::select! {
                 biased;
                 () = closing.cancelled() => return self.goodbye(self.reason_to_close()),
                 () = replaced.cancelled() => return self.goodbye(replaced_by_newer()),
                 () = &mut expiry => return self.goodbye(Problem::identity_expired()),
-                request = self.requests.message() => match request? {
-                    Some(request) => self.handle(request, session, told)?,
+                request = paced(budget.next_at, &mut self.requests) => match request? {
+                    Some(request) => {
+                        budget.spend(Instant::now());
+                        self.handle(request, session, told)?;
+                    }
                     None => return Ok(()),
                 },
                 changed = head.changed(), if !due => {
@@ -313,6 +317,39 @@ impl Stream {
 
     fn response(&self, response: pb::sync_response::Response) -> pb::SyncResponse {
         pb::SyncResponse { controller_time: self.hub.utc().unix(), response: Some(response) }
+    }
+}
+
+/// The node's next message, once its turn has come. Safe to drop and to call again.
+async fn paced(
+    at: Instant,
+    requests: &mut Streaming<pb::SyncRequest>,
+) -> Result<Option<pb::SyncRequest>, Status> {
+    tokio::time::sleep_until(at).await;
+    requests.message().await
+}
+
+/// How many messages of a node are taken now, and when the next one is.
+struct Budget {
+    window: Instant,
+    taken: u32,
+    next_at: Instant,
+}
+
+impl Budget {
+    fn new(now: Instant) -> Self {
+        Self { window: now, taken: 0, next_at: now }
+    }
+
+    fn spend(&mut self, now: Instant) {
+        const WINDOW: Duration = Duration::from_secs(1);
+        if now >= self.window + WINDOW {
+            *self = Self::new(now);
+        }
+        self.taken += 1;
+        if self.taken >= STREAM_REQUESTS_PER_SECOND_MAX {
+            self.next_at = self.window + WINDOW;
+        }
     }
 }
 

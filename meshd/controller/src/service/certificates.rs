@@ -226,12 +226,17 @@ fn which(which: Option<pb::revoke_certificate_request::Which>) -> Result<Which, 
     use pb::revoke_certificate_request::Which as Asked;
     match which {
         Some(Asked::Serial(bytes)) => Ok(Which::Serial(serial(&bytes)?)),
-        Some(Asked::Name(name)) if name.len() <= mesh_core::limits::NAME_CHARS_MAX => Ok(Which::Name(name)),
+        Some(Asked::Name(name)) if is_name(&name) => Ok(Which::Name(name)),
         Some(Asked::KeyHash(bytes)) => {
             KeyHash::try_from(&*bytes).map(Which::KeyHash).map_err(|error| Problem::usage(error.to_string()))
         }
         _ => Err(Problem::usage("say which certificate: by serial, name or key")),
     }
+}
+
+/// A host name, an address or the name of a pair; it may come back in a message.
+fn is_name(text: &str) -> bool {
+    text.len() <= mesh_core::limits::NAME_CHARS_MAX && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 pub(crate) fn reason(text: &str) -> Result<Reason, Problem> {

@@ -204,3 +204,61 @@ async fn an_operation_is_done_once() {
     assert_eq!(code(&tokens.create(malformed).await.unwrap_err()), ErrorCode::Usage);
     running.stop().await.unwrap();
 }
+
+/// A start reads the newest snapshot and what follows it; without one it reads everything, to the same end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_from_a_snapshot_and_one_from_the_journal_end_the_same() {
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let mut creating = tokio::task::JoinSet::new();
+    for _ in 0..64 {
+        let mut tokens = TokensClient::new(running.local().await);
+        creating.spawn(async move {
+            for _ in 0..65 {
+                tokens.create(pb::CreateTokenRequest::default()).await.unwrap();
+            }
+        });
+    }
+    creating.join_all().await;
+    running.enroll("alpha").await;
+    running.stop().await.unwrap();
+
+    let snapshots = || {
+        let entries = std::fs::read_dir(mesh.state_dir().join("journal")).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.to_string_lossy().contains("snapshot-")).collect::<Vec<_>>()
+    };
+    assert_eq!(snapshots().len(), 1);
+    let seen = async || {
+        let running = mesh.start().await;
+        let mut tokens = TokensClient::new(running.local().await);
+        let tokens = tokens.list(pb::Empty {}).await.unwrap().into_inner().tokens;
+        let mut nodes = pb::nodes_client::NodesClient::new(running.local().await);
+        let nodes = nodes.list(pb::Empty {}).await.unwrap().into_inner().nodes;
+        running.stop().await.unwrap();
+        (tokens, nodes)
+    };
+    let from_snapshot = seen().await;
+    assert_eq!(from_snapshot.0.len(), 64 * 65 + 1);
+    let mut bytes = std::fs::read(&snapshots()[0]).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&snapshots()[0], bytes).unwrap();
+    assert_eq!(seen().await, from_snapshot);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_remembers_who_was_seen_when() {
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let alpha = running.enroll("alpha").await;
+    let (stream, _) = SyncStream::of(&running, &alpha).await;
+    drop(stream);
+    running.stop().await.unwrap();
+    let running = mesh.start().await;
+    let mut nodes = pb::nodes_client::NodesClient::new(running.local().await);
+    let node = nodes.list(pb::Empty {}).await.unwrap().into_inner().nodes.remove(0);
+    assert!(node.last_seen > 0 && !node.connected, "{node:?}");
+    assert_eq!(node.state, "offline");
+    running.stop().await.unwrap();
+}

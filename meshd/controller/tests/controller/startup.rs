@@ -145,3 +145,13 @@ fn everything_below_the_state_directory_is_ours_alone() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_path_that_is_somebodys_file_is_left_alone() {
+    let mesh = Mesh::init();
+    let file = mesh.state_dir().with_file_name("precious");
+    fs::write(&file, "data").unwrap();
+    let config = RunConfig { socket: file.clone(), ..mesh.run_config() };
+    check(build(config).await.unwrap_err(), ErrorCode::PortInUse, 1);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "data");
+}

@@ -1,11 +1,12 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_proto::v1 as pb;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::harness::{Mesh, client_config};
+use crate::harness::{Mesh, SyncStream, client_config, within};
 
 /// A resumed session carries no certificate: with one, a revoked client could come back.
 #[tokio::test(flavor = "multi_thread")]
@@ -50,5 +51,49 @@ async fn noise_on_the_port_disturbs_nobody() {
     let codec = tonic_prost::ProstCodec::<pb::Empty, pb::Empty>::default();
     let refused = unknown.unary(tonic::Request::new(pb::Empty {}), path, codec).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unimplemented);
+    running.stop().await.unwrap();
+}
+
+/// Whoever connects and says nothing is gone after the handshake's limit, and in nobody's way before.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_are_closed() {
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let mut silent = vec![];
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(running.address).await.unwrap());
+    }
+    running.enroll("alpha").await;
+    let closed = async {
+        for mut stream in silent {
+            assert_eq!(stream.read(&mut [0; 1]).await.unwrap_or(0), 0);
+        }
+    };
+    within(Duration::from_secs(15), "the end of silent connections", closed).await;
+    running.stop().await.unwrap();
+}
+
+/// A node that talks without end is slowed down, and its peers are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chatty_node_waits_its_turn() {
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let (alpha, bravo) = (running.enroll("alpha").await, running.enroll("bravo").await);
+    let (chatty, _) = SyncStream::of(&running, &alpha).await;
+    let (mut other, _) = SyncStream::of(&running, &bravo).await;
+    let flood = tokio::spawn(async move {
+        for _ in 0..10 {
+            for port in 1..=u16::MAX {
+                let endpoint = pb::Endpoint { address: format!("192.0.2.1:{port}"), source: 1 };
+                let endpoints = pb::sync_request::Endpoints { endpoints: vec![endpoint] };
+                chatty.send(pb::sync_request::Request::Endpoints(endpoints)).await;
+            }
+        }
+    });
+    running.enroll("charlie").await;
+    let delta = within(Duration::from_secs(5), "a delta", other.delta()).await;
+    assert_eq!(delta.upserts.len(), 1);
+    assert!(!flood.is_finished(), "the windows of the stream fill up");
+    flood.abort();
     running.stop().await.unwrap();
 }
