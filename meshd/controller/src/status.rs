@@ -286,9 +286,11 @@ impl From<WriteError> for Problem {
     }
 }
 
-fn cut(mut text: String, max: usize) -> String {
+/// At most `max` octets of `text`, whole characters, and an ellipsis where something is missing.
+pub(crate) fn cut(mut text: String, max: usize) -> String {
     if text.len() > max {
-        text.truncate(text.floor_char_boundary(max));
+        let end = (0..=max).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        text.truncate(end);
         text.push('…');
     }
     text

@@ -21,7 +21,7 @@ use crate::limits::{
     HELLO_TIMEOUT, STREAM_QUEUE_MAX, STREAM_REQUESTS_PER_SECOND_MAX, VERSION_BYTES_MAX,
 };
 use crate::presence::{Greeting, Presence, Session, seen_endpoint};
-use crate::status::Problem;
+use crate::status::{Problem, cut};
 use crate::views::{Roster, Views};
 
 /// A node's clock that differs by more than this is a finding.
@@ -385,11 +385,6 @@ fn is_usable(endpoint: &pb::Endpoint, mesh: &Mesh) -> bool {
     })
 }
 
-fn short_text(mut text: String, max: usize) -> String {
-    let mut end = max.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.truncate(end);
-    mesh_core::change::escape(&text)
+fn short_text(text: String, max: usize) -> String {
+    mesh_core::change::escape(&cut(text, max))
 }
