@@ -19,7 +19,9 @@ use tonic::transport::Channel;
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
-use crate::join::{agrees_with_leaf, check_identity, leaf_key, new_tls_key, new_wireguard_key, wireguard_key};
+use crate::join::{
+    agrees_with_leaf, check_identity, leaf_key, new_tls_key, new_wireguard_key, wireguard_key,
+};
 use crate::limits::{CALL_TIMEOUT, RETRY_FIRST, RETRY_LONGEST};
 use crate::pki;
 use crate::schedule::renews_at;

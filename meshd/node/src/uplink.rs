@@ -76,6 +76,13 @@ impl UplinkHandle {
     }
 }
 
+/// An uplink that never connects.
+#[cfg(test)]
+pub(crate) fn detached() -> UplinkHandle {
+    let (_, channel) = watch::channel(None);
+    UplinkHandle { channel, status: Arc::default() }
+}
+
 /// Keeps the connection up for as long as it runs.
 pub(crate) struct Uplink {
     state: StateDir,

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_runtime::Backoff;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -16,13 +15,14 @@ use super::definition::{Definition, Origin};
 use super::folder::PairFolder;
 use super::hook::HookError;
 use super::issue::Issued;
+use super::live::Live;
 use super::record::{Material, Record, Records};
 use super::{Answer, Command, declared, hook, issue};
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::identity::Identities;
-use crate::limits::{HOOK_INTERVAL, HOOK_TIMEOUT, PAIRS_MAX, RETRY_FIRST, RETRY_LONGEST};
+use crate::limits::{HOOK_INTERVAL, HOOK_TIMEOUT, PAIRS_MAX, RETRY_FIRST};
 use crate::network::NetworkHandle;
 use crate::state::StateDir;
 use crate::uplink::UplinkHandle;
@@ -31,38 +31,6 @@ use crate::uplink::UplinkHandle;
 const TICK: Duration = Duration::from_secs(15);
 /// Pairs that are issued at the same moment.
 const ISSUES_AT_ONCE: usize = 8;
-
-/// What is true of a pair only while the process lives.
-struct Live {
-    waiters: Vec<Answer>,
-    issuing: bool,
-    hook_running: bool,
-    last_hook: Option<Instant>,
-    /// The hook is to run, not before this.
-    hook_due: Option<Instant>,
-    /// No question to the controller before this.
-    ask_after: Option<Instant>,
-    backoff: Backoff,
-    /// An operator asked for a new certificate now.
-    forced: bool,
-    problem: String,
-}
-
-impl Default for Live {
-    fn default() -> Self {
-        Self {
-            waiters: Vec::new(),
-            issuing: false,
-            hook_running: false,
-            last_hook: None,
-            hook_due: None,
-            ask_after: None,
-            backoff: Backoff::new(RETRY_FIRST, RETRY_LONGEST),
-            forced: false,
-            problem: String::new(),
-        }
-    }
-}
 
 /// A slow thing that has ended.
 enum Done {
@@ -643,3 +611,6 @@ impl Manager {
         trust.is_revoked(serial)
     }
 }
+
+#[cfg(test)]
+mod tests;

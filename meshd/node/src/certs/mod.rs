@@ -5,6 +5,7 @@ mod definition;
 mod folder;
 mod hook;
 mod issue;
+mod live;
 mod manager;
 mod record;
 

@@ -1,9 +1,11 @@
 //! The one task that owns roster, tunnel, firewall and routes. All others send it what they learned.
 
+mod backend;
 mod endpoints;
 mod lease;
 mod overlay;
 mod status;
+mod stored;
 mod worker;
 
 use std::sync::Arc;
@@ -155,4 +157,12 @@ impl NetworkHandle {
         self.commands.send(command(reply)).await.map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
     }
+}
+
+/// A network nobody runs: what stands in the outlets is all it says.
+#[cfg(test)]
+pub(crate) fn detached(trust: &crate::pki::Trust) -> (NetworkHandle, Outlets) {
+    let belief = Belief { anchors: trust.anchors(), revocation: trust.revocation() };
+    let (handle, _inbox, outlets) = wire(belief);
+    (handle, outlets)
 }

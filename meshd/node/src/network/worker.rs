@@ -1,22 +1,27 @@
 //! The network task: takes commands and tunnel events one after the other.
 
+mod reconcile;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
 use mesh_core::NodeId;
 use mesh_core::endpoints::Overlay;
 use mesh_core::peer_table::{Action, PeerTable};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{BackendKind, PeerConfig, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{PublicKey, Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
+use reconcile::apply_firewall;
+
+use super::backend::{backend_line, backend_name, offloads};
 use super::endpoints::{candidates, own_endpoints};
 use super::lease::Leases;
 use super::overlay;
+use super::stored::{stored_endpoints, stored_roster};
 use super::{Belief, Command, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire};
 use crate::clock::ControllerClock;
 use crate::failpoint::Failpoint;
@@ -211,7 +216,15 @@ impl Worker {
 
     async fn apply(&mut self, update: Update) -> Result<(), RosterError> {
         let applied = match update {
-            Update::Full(full) => self.roster.apply_full(full, &self.trust),
+            Update::Full(full) => {
+                let ids: BTreeSet<u32> = full.peers.iter().map(|peer| peer.node_id).collect();
+                // A whole map names everybody: whoever is not in it is gone, and so are its endpoints.
+                let applied = self.roster.apply_full(full, &self.trust);
+                if applied.is_ok() {
+                    self.told.retain(|id, _| ids.contains(id));
+                }
+                applied
+            }
             Update::Delta(delta) => self.roster.apply_delta(delta),
         };
         if let Err(error) = applied {
@@ -288,6 +301,9 @@ impl Worker {
                 continue;
             }
             self.table.handle_candidates(NodeId(peer.node_id), &candidates(&peer.endpoints), now);
+            if self.told.len() >= PEERS_PER_MAP_MAX && !self.told.contains_key(&peer.node_id) {
+                continue;
+            }
             self.told.insert(peer.node_id, peer.endpoints);
             self.told_changed = true;
         }
@@ -371,114 +387,6 @@ impl Worker {
         self.save_endpoints();
     }
 
-    /// Makes tunnel and firewall what the roster says now. First everybody who must go goes; then the
-    /// firewall changes; only then newcomers are let in.
-    async fn reconcile(&mut self) {
-        let wanted = self.wanted();
-        self.cut_off(&wanted);
-        let firewall = self.firewall_for(&wanted);
-        if self.firewall.as_ref() != Some(&firewall) {
-            self.firewall = apply_firewall(&self.host, firewall, &self.findings).await;
-        }
-        if self.firewall.is_none() {
-            // Fail closed: without the receiver's rules nobody is let in.
-            self.cut_off(&BTreeMap::new());
-        } else {
-            self.let_in(wanted);
-        }
-    }
-
-    /// The peers that the chains vouch for and whose leases hold.
-    fn wanted(&mut self) -> BTreeMap<u32, Peer> {
-        let (now, boot) = (self.clock.now(), self.clock.since_boot());
-        let evaluation = self.roster.evaluate(&self.trust, &self.place, now);
-        let mut keys = Vec::new();
-        for (id, error) in &evaluation.refused {
-            let key = format!("roster/{id:08}");
-            let subject = format!("node record {id}");
-            let what = format!("left out: {}", mesh_runtime::chain(error));
-            self.findings.raise(
-                key.clone(),
-                Severity::Bad,
-                subject,
-                what,
-                "look at this node on the controller",
-            );
-            keys.push(key);
-        }
-        self.findings.clear_others("roster/", &keys);
-        let mut peers = evaluation.peers;
-        peers.retain(|_, peer| self.leases.holds(&peer.leaf.serial, peer.leaf.chain_not_after, now, boot));
-        let serials: BTreeSet<Vec<u8>> = peers.values().map(|peer| peer.leaf.serial.clone()).collect();
-        self.leases.keep(&serials);
-        // One second past the end, since times in certificates are whole seconds and inclusive.
-        self.next_lease = self.leases.next(boot).map(|left| boot + left + Duration::from_secs(1));
-        if Failpoint::PeerRemovalDisabled.is_set() {
-            for (id, peer) in &self.current {
-                peers.entry(*id).or_insert_with(|| peer.clone());
-            }
-        }
-        peers
-    }
-
-    fn cut_off(&mut self, wanted: &BTreeMap<u32, Peer>) {
-        let gone: Vec<(u32, [u8; 32], String)> = self
-            .current
-            .iter()
-            .filter(|(id, peer)| {
-                wanted.get(id).is_none_or(|wanted| wanted.wireguard_key() != peer.wireguard_key())
-            })
-            .map(|(id, peer)| (*id, peer.wireguard_key(), peer.leaf.name.clone()))
-            .collect();
-        for (id, key, name) in gone {
-            self.tunnel.remove_peer(&PublicKey(key));
-            self.current.remove(&id);
-            self.ids.remove(&key);
-            tracing::info!(peer = name, "peer cut off");
-        }
-    }
-
-    fn let_in(&mut self, wanted: BTreeMap<u32, Peer>) {
-        let now = self.clock.own().now();
-        let ids: BTreeSet<NodeId> = wanted.keys().copied().map(NodeId).collect();
-        self.table.handle_peers(&ids, now);
-        let mut keys = Vec::new();
-        for (id, peer) in wanted {
-            if !self.current.contains_key(&id) {
-                // A peer with a new key stays where it was.
-                let known = self.table.endpoint(NodeId(id));
-                if let Err(error) = self.tunnel.set_peer(peer_config(&peer, known)) {
-                    let finding = format!("tunnel/{id:08}");
-                    let failure = overlay::tunnel_failure(error);
-                    let subject = format!("peer {}", peer.leaf.name);
-                    self.findings.raise_failure(finding.clone(), subject, &failure);
-                    keys.push(finding);
-                    continue;
-                }
-                tracing::info!(peer = peer.leaf.name, ipv4 = %peer.leaf.ipv4, "peer let in");
-                self.ids.insert(peer.wireguard_key(), id);
-                match known {
-                    Some(_) => self.table.handle_no_reply(NodeId(id), now),
-                    None => {
-                        let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
-                        self.table.handle_candidates(NodeId(id), &told, now);
-                    }
-                }
-            }
-            self.current.insert(id, peer);
-        }
-        self.findings.clear_others("tunnel/", &keys);
-    }
-
-    fn firewall_for(&self, wanted: &BTreeMap<u32, Peer>) -> Firewall {
-        let addresses = |peer: &Peer| (peer.leaf.ipv4, peer.leaf.ipv6);
-        Firewall {
-            peers: wanted.values().map(addresses).collect(),
-            inbound: wanted.values().filter(|peer| peer.inbound).map(addresses).collect(),
-            ..empty_firewall(self.tunnel.name(), &self.place)
-        }
-    }
-
     async fn refresh_endpoints(&mut self) {
         match self.host.addresses().await {
             Ok(addresses) => {
@@ -556,7 +464,10 @@ impl Worker {
         if !std::mem::take(&mut self.told_changed) {
             return;
         }
-        let peers = self.current.keys().map(|&node_id| {
+        // Also of those that are no peers now: with a clock that is wrong or a map that is refused nobody is one,
+        // and the next start without a controller shall still find them.
+        let known: BTreeSet<u32> = self.current.keys().chain(self.told.keys()).copied().collect();
+        let peers = known.into_iter().map(|node_id| {
             let told = self.told.get(&node_id).map(Vec::as_slice).unwrap_or_default();
             // The one in use leads, so that a start without a controller finds it first.
             let endpoints = self.candidates_of(node_id).into_iter().map(|address| {
@@ -612,68 +523,6 @@ fn place_of(identity: &Identity) -> Result<Place, Failure> {
     })
 }
 
-/// CRLs and map from disk. What cannot be believed is left out and said; the controller will send it anew.
-fn stored_roster(state: &StateDir, trust: &mut Trust, findings: &Findings) -> Result<Roster, Failure> {
-    let mut roster = Roster::new(state.floor()?);
-    let map = match state.map() {
-        Ok(map) => map,
-        Err(error) => {
-            findings.raise_failure("state/map", "the stored map", &error.into());
-            None
-        }
-    };
-    if let Some(map) = &map
-        && let Err(error) = trust.add_issuers(map.issuers.iter().map(|der| der.as_ref()))
-    {
-        tracing::warn!(error = mesh_runtime::chain(&error), "stored issuing CA is left out");
-    }
-    match state.crls() {
-        Ok(crls) => {
-            for message in &crls {
-                if let Err(error) = trust.take_crl(message) {
-                    tracing::warn!(error = mesh_runtime::chain(&error), "stored CRL is left out");
-                }
-            }
-        }
-        Err(error) => findings.raise_failure("state/crls", "the stored CRLs", &error.into()),
-    }
-    if let Some(map) = map {
-        let cut = trust.lacks(&map.crls);
-        match roster.apply_full(map, trust) {
-            // A CRL older than the one the map was stored with: somebody put it there.
-            Ok(()) if cut => {
-                findings.raise(
-                    "state/crls-old",
-                    Severity::Bad,
-                    "the stored CRLs",
-                    "they are older than those stored with the map; the map waits for the controller",
-                    "look at who can write the state folder",
-                );
-                return Ok(Roster::new(state.floor()?));
-            }
-            Ok(()) => {}
-            Err(error) => findings.raise(
-                "state/map-old",
-                Severity::Bad,
-                "the stored map",
-                format!("it is left out: {error}"),
-                "look at who can write the state folder; the controller will send a new one",
-            ),
-        }
-    }
-    Ok(roster)
-}
-
-fn stored_endpoints(state: &StateDir) -> BTreeMap<u32, Vec<pb::Endpoint>> {
-    match state.endpoints() {
-        Ok(hints) => hints.peers.into_iter().map(|peer| (peer.node_id, peer.endpoints)).collect(),
-        Err(error) => {
-            tracing::warn!(error = mesh_runtime::chain(&error), "stored endpoints are left out");
-            BTreeMap::new()
-        }
-    }
-}
-
 fn empty_firewall(interface: &str, place: &Place) -> Firewall {
     Firewall {
         interface: interface.to_owned(),
@@ -681,35 +530,6 @@ fn empty_firewall(interface: &str, place: &Place) -> Firewall {
         ipv6_prefix: place.ipv6_prefix,
         peers: BTreeSet::new(),
         inbound: BTreeSet::new(),
-    }
-}
-
-/// Applies the table; `None` and a finding if that is not possible.
-async fn apply_firewall(host: &Host, firewall: Firewall, findings: &Findings) -> Option<Firewall> {
-    match host.apply(HostOp::ApplyNft { text: firewall.ruleset() }).await {
-        Ok(()) => {
-            findings.clear("firewall");
-            Some(firewall)
-        }
-        Err(error) => {
-            let failure = Failure::from(error);
-            let what = format!("{}: no peer is let in: {}", failure.number(), failure.why);
-            findings.raise("firewall", Severity::Bad, "this host's firewall", what, failure.next);
-            None
-        }
-    }
-}
-
-fn peer_config(peer: &Peer, endpoint: Option<SocketAddr>) -> PeerConfig {
-    PeerConfig {
-        public_key: PublicKey(peer.wireguard_key()),
-        preshared_key: None,
-        endpoint,
-        allowed_ips: vec![
-            IpNet::from(std::net::IpAddr::V4(peer.leaf.ipv4)),
-            IpNet::from(std::net::IpAddr::V6(peer.leaf.ipv6)),
-        ],
-        persistent_keepalive: Some(KEEPALIVE),
     }
 }
 
@@ -737,30 +557,4 @@ fn broken(why: &str) -> Failure {
         format!("the tunnel has stopped: {why}"),
         "look at the daemon's log; systemd starts it again",
     )
-}
-
-fn backend_name(tunnel: &dyn Tunnel) -> &'static str {
-    match tunnel.backend().kind {
-        BackendKind::Kernel => "kernel",
-        _ => "userspace",
-    }
-}
-
-fn offloads(tunnel: &dyn Tunnel) -> Vec<String> {
-    let offloads = tunnel.backend().offloads;
-    let all = [
-        (offloads.tun_tcp, "tso"),
-        (offloads.tun_udp, "uso"),
-        (offloads.udp_gso, "gso"),
-        (offloads.udp_gro, "gro"),
-    ];
-    all.into_iter().filter(|(on, _)| *on).map(|(_, name)| name.to_owned()).collect()
-}
-
-fn backend_line(tunnel: &dyn Tunnel) -> String {
-    let offloads = offloads(tunnel);
-    match offloads.is_empty() {
-        true => backend_name(tunnel).to_owned(),
-        false => format!("{} {}", backend_name(tunnel), offloads.join("+")),
-    }
 }

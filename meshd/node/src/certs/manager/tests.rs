@@ -1,0 +1,185 @@
+//! What a hook that fails does to the files of a service.
+
+use mesh_ca::LeafKey;
+use mesh_runtime::ManualClock;
+
+use super::*;
+use crate::network::{self, Outlets};
+use crate::pki::read_own;
+use crate::state::{Der, Identity, Secret};
+use crate::testing::TestMesh;
+
+const NAME: &str = "api.web-1.mesh.internal";
+
+/// A task with one pair, whose published files are in place and whose candidate waits for its hook.
+struct Fixture {
+    folder: tempfile::TempDir,
+    mesh: TestMesh,
+    identity: Identity,
+    outlets: Outlets,
+    task: Task,
+}
+
+impl Fixture {
+    async fn new(reload: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mesh = TestMesh::new(time::UtcDateTime::now());
+        let identity = mesh.node(1, "web-1");
+        let state = StateDir::open(&folder.path().join("state")).unwrap();
+        state.save_identity(&identity).unwrap();
+        let clock = ControllerClock::new(Arc::new(ManualClock::new(mesh.now)), 0);
+        let findings = Findings::default();
+        let identities = Identities::load(&state, &clock, &findings).unwrap().unwrap();
+        let (network, outlets) = network::detached(&mesh.trust(&identity, 1, &[]));
+        outlets.crls.send_replace(Arc::new(mesh.crls(1, &[])));
+        let out = folder.path().canonicalize().unwrap().join("tls");
+        let definition = Definition {
+            names: vec![NAME.into()],
+            out,
+            profile: "server".into(),
+            ttl_secs: 0,
+            owner: None,
+            mode: 0o600,
+            reload: Some(reload.into()),
+            rotate_key: false,
+            origin: Origin::Socket,
+        };
+        let parts = Manager {
+            state,
+            clock,
+            findings,
+            identities: Arc::new(identities),
+            network,
+            uplink: crate::uplink::detached(),
+            certs_dir: folder.path().join("certs.d"),
+            inbox: mpsc::channel(1).1,
+        };
+        let mut record = Record::new(definition.clone());
+        record.published = Some(material(&mesh, &identity));
+        record.candidate = Some(material(&mesh, &identity));
+        let task = Task {
+            parts,
+            records: [(NAME.to_owned(), record)].into(),
+            live: [(NAME.to_owned(), Live::default())].into(),
+            jobs: JoinSet::new(),
+            crls: Arc::new(mesh.crls(1, &[])),
+            granted: Vec::new(),
+        };
+        let published = task.records[NAME].published.clone().unwrap();
+        task.write(&definition, &published).await.unwrap();
+        task.save();
+        Self { folder, mesh, identity, outlets, task }
+    }
+
+    /// Puts the candidate in place, runs the hook and takes its verdict.
+    async fn run_hook(&mut self) {
+        self.task.run_hook(NAME).await;
+        let done = self.task.jobs.join_next().await.expect("a hook runs").unwrap();
+        self.task.finish(done).await;
+    }
+
+    fn leaf_in_place(&self) -> Vec<u8> {
+        let text = std::fs::read(self.task.records[NAME].definition.out.join("cert.pem")).unwrap();
+        mesh_ca::bundle::parse_certificates(&text).unwrap()[0].to_vec()
+    }
+
+    fn record(&self) -> &Record {
+        &self.task.records[NAME]
+    }
+}
+
+fn material(mesh: &TestMesh, identity: &Identity) -> Material {
+    let key = LeafKey::generate().unwrap();
+    let leaf = mesh.service(&key, NAME);
+    let with_leaf = Identity { leaf: Der(leaf.clone()), ..identity.clone() };
+    let read = read_own(&with_leaf).unwrap();
+    Material {
+        key: Secret::new(key.to_pkcs8_der().to_vec()),
+        leaf: Der(leaf),
+        issuers: identity.issuers.clone(),
+        roots: identity.roots.clone(),
+        serial: read.serial.as_bytes().to_vec(),
+        not_before: read.not_before.unix_timestamp(),
+        not_after: read.not_after.unix_timestamp(),
+    }
+}
+
+#[tokio::test]
+async fn a_hook_that_fails_brings_the_old_pair_back_and_is_tried_again() {
+    let mut fixture = Fixture::new("test -e \"$MESH_PAIR_DIR/../service-is-well\"").await;
+    let record = fixture.record().clone();
+    let (old, new) = (record.published.unwrap().leaf.0, record.candidate.unwrap().leaf.0);
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    fixture.task.live.get_mut(NAME).unwrap().waiters.push(reply);
+
+    fixture.run_hook().await;
+    assert_eq!(fixture.leaf_in_place(), old);
+    let failure = answer.await.unwrap().unwrap_err();
+    assert_eq!((failure.code, failure.exit), (ErrorCode::HookFailed, 1));
+    assert_eq!(fixture.task.parts.findings.list().len(), 1);
+    assert_eq!(fixture.task.list()[0].state, "failing");
+    assert!(fixture.task.live[NAME].hook_due.is_some(), "another try is due");
+
+    // The service is repaired; the same certificate is offered again, none is issued anew.
+    std::fs::write(fixture.folder.path().join("service-is-well"), "").unwrap();
+    fixture.task.live.get_mut(NAME).unwrap().last_hook = None;
+    fixture.run_hook().await;
+    assert_eq!(fixture.leaf_in_place(), new);
+    assert!(fixture.record().candidate.is_none());
+    assert!(fixture.task.parts.findings.list().is_empty());
+    assert_eq!(fixture.task.list()[0].state, "ok");
+}
+
+#[tokio::test]
+async fn an_old_pair_that_is_revoked_does_not_return() {
+    let mut fixture = Fixture::new("exit 1").await;
+    let record = fixture.record().clone();
+    let (old, new) = (record.published.unwrap(), record.candidate.unwrap());
+    fixture.outlets.crls.send_replace(Arc::new(fixture.mesh.crls(2, &[&old.serial])));
+    fixture.run_hook().await;
+    assert_eq!(fixture.leaf_in_place(), new.leaf.0);
+    assert_eq!(fixture.task.parts.findings.list().len(), 1);
+    assert_eq!(fixture.identity.name, "web-1");
+}
+
+#[tokio::test]
+async fn a_new_crl_is_written_at_once_and_survives_a_hook_that_fails() {
+    let mut fixture = Fixture::new("exit 1").await;
+    fixture.task.records.get_mut(NAME).unwrap().candidate = None;
+    let crls = fixture.mesh.crls(2, &[&[0x47; 16]]);
+    fixture.outlets.crls.send_replace(Arc::new(crls.clone()));
+    fixture.task.write_crls().await;
+    let in_place = || {
+        let text = std::fs::read(fixture.task.records[NAME].definition.out.join("crl.pem")).unwrap();
+        mesh_ca::bundle::parse_crls(&text).unwrap()
+    };
+    let expected: Vec<Vec<u8>> = crls.iter().map(|crl| crl.der.to_vec()).collect();
+    assert_eq!(in_place(), expected);
+    assert!(fixture.task.live[NAME].hook_due.is_some(), "the service is told");
+    fixture.run_hook().await;
+    let text = std::fs::read(fixture.record().definition.out.join("crl.pem")).unwrap();
+    assert_eq!(mesh_ca::bundle::parse_crls(&text).unwrap(), expected, "a broken hook revives nothing");
+}
+
+#[tokio::test]
+async fn the_controllers_word_stops_a_pair_and_orders_a_new_key() {
+    let mut fixture = Fixture::new("true").await;
+    let own = |stopped: bool, reissue: bool| pb::Own {
+        stopped_names: stopped.then(|| NAME.to_owned()).into_iter().collect(),
+        reissue_names: reissue.then(|| NAME.to_owned()).into_iter().collect(),
+        ..Default::default()
+    };
+    fixture.task.take_own(&own(true, false));
+    assert_eq!(fixture.task.list()[0].state, "stopped");
+    assert!(fixture.record().request.is_none(), "a stopped pair is not asked for");
+    fixture.task.take_own(&own(false, true));
+    let request = fixture.record().request.clone().expect("a new certificate is asked for");
+    let old_key = &fixture.record().published.as_ref().unwrap().key;
+    assert!(request.key != *old_key, "with a new key");
+    // The same word again, for instance after a restart, is no second order.
+    fixture.task.records.get_mut(NAME).unwrap().request = None;
+    fixture.task.take_own(&own(false, true));
+    assert!(fixture.record().request.is_none());
+    // On disk before anything is sent.
+    assert!(fixture.task.parts.state.pairs().unwrap()[NAME].reissued);
+}

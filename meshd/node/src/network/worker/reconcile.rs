@@ -1,0 +1,155 @@
+//! From the roster to tunnel and firewall: who goes, goes first; who comes, comes last.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use mesh_core::NodeId;
+use mesh_tunnel::{PeerConfig, PublicKey};
+
+use super::{KEEPALIVE, Worker, empty_firewall};
+use crate::failpoint::Failpoint;
+use crate::failure::Failure;
+use crate::findings::{Findings, Severity};
+use crate::firewall::Firewall;
+use crate::hostop::{Host, HostOp};
+use crate::network::endpoints::candidates;
+use crate::network::overlay;
+use crate::roster::Peer;
+
+impl Worker {
+    /// Makes tunnel and firewall what the roster says now. First everybody who must go goes; then the
+    /// firewall changes; only then newcomers are let in.
+    pub(super) async fn reconcile(&mut self) {
+        let wanted = self.wanted();
+        self.cut_off(&wanted);
+        let firewall = self.firewall_for(&wanted);
+        if self.firewall.as_ref() != Some(&firewall) {
+            self.firewall = apply_firewall(&self.host, firewall, &self.findings).await;
+        }
+        if self.firewall.is_none() {
+            // Fail closed: without the receiver's rules nobody is let in.
+            self.cut_off(&BTreeMap::new());
+        } else {
+            self.let_in(wanted);
+        }
+    }
+
+    /// The peers that the chains vouch for and whose leases hold.
+    fn wanted(&mut self) -> BTreeMap<u32, Peer> {
+        let (now, boot) = (self.clock.now(), self.clock.since_boot());
+        let evaluation = self.roster.evaluate(&self.trust, &self.place, now);
+        let mut keys = Vec::new();
+        for (id, error) in &evaluation.refused {
+            let key = format!("roster/{id:08}");
+            let subject = format!("node record {id}");
+            let what = format!("left out: {}", mesh_runtime::chain(error));
+            self.findings.raise(
+                key.clone(),
+                Severity::Bad,
+                subject,
+                what,
+                "look at this node on the controller",
+            );
+            keys.push(key);
+        }
+        self.findings.clear_others("roster/", &keys);
+        let mut peers = evaluation.peers;
+        peers.retain(|_, peer| self.leases.holds(&peer.leaf.serial, peer.leaf.chain_not_after, now, boot));
+        let serials: BTreeSet<Vec<u8>> = peers.values().map(|peer| peer.leaf.serial.clone()).collect();
+        self.leases.keep(&serials);
+        // One second past the end, since times in certificates are whole seconds and inclusive.
+        self.next_lease = self.leases.next(boot).map(|left| boot + left + Duration::from_secs(1));
+        if Failpoint::PeerRemovalDisabled.is_set() {
+            for (id, peer) in &self.current {
+                peers.entry(*id).or_insert_with(|| peer.clone());
+            }
+        }
+        peers
+    }
+
+    fn cut_off(&mut self, wanted: &BTreeMap<u32, Peer>) {
+        let gone: Vec<(u32, [u8; 32], String)> = self
+            .current
+            .iter()
+            .filter(|(id, peer)| {
+                wanted.get(id).is_none_or(|wanted| wanted.wireguard_key() != peer.wireguard_key())
+            })
+            .map(|(id, peer)| (*id, peer.wireguard_key(), peer.leaf.name.clone()))
+            .collect();
+        for (id, key, name) in gone {
+            self.tunnel.remove_peer(&PublicKey(key));
+            self.current.remove(&id);
+            self.ids.remove(&key);
+            tracing::info!(peer = name, "peer cut off");
+        }
+    }
+
+    fn let_in(&mut self, wanted: BTreeMap<u32, Peer>) {
+        let now = self.clock.own().now();
+        let ids: BTreeSet<NodeId> = wanted.keys().copied().map(NodeId).collect();
+        self.table.handle_peers(&ids, now);
+        let mut keys = Vec::new();
+        for (id, peer) in wanted {
+            if !self.current.contains_key(&id) {
+                // A peer with a new key stays where it was.
+                let known = self.table.endpoint(NodeId(id));
+                if let Err(error) = self.tunnel.set_peer(peer_config(&peer, known)) {
+                    let finding = format!("tunnel/{id:08}");
+                    let failure = overlay::tunnel_failure(error);
+                    let subject = format!("peer {}", peer.leaf.name);
+                    self.findings.raise_failure(finding.clone(), subject, &failure);
+                    keys.push(finding);
+                    continue;
+                }
+                tracing::info!(peer = peer.leaf.name, ipv4 = %peer.leaf.ipv4, "peer let in");
+                self.ids.insert(peer.wireguard_key(), id);
+                match known {
+                    Some(_) => self.table.handle_no_reply(NodeId(id), now),
+                    None => {
+                        let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
+                        self.table.handle_candidates(NodeId(id), &told, now);
+                    }
+                }
+            }
+            self.current.insert(id, peer);
+        }
+        self.findings.clear_others("tunnel/", &keys);
+    }
+
+    fn firewall_for(&self, wanted: &BTreeMap<u32, Peer>) -> Firewall {
+        let addresses = |peer: &Peer| (peer.leaf.ipv4, peer.leaf.ipv6);
+        Firewall {
+            peers: wanted.values().map(addresses).collect(),
+            inbound: wanted.values().filter(|peer| peer.inbound).map(addresses).collect(),
+            ..empty_firewall(self.tunnel.name(), &self.place)
+        }
+    }
+}
+
+/// Applies the table; `None` and a finding if that is not possible.
+pub(super) async fn apply_firewall(host: &Host, firewall: Firewall, findings: &Findings) -> Option<Firewall> {
+    match host.apply(HostOp::ApplyNft { text: firewall.ruleset() }).await {
+        Ok(()) => {
+            findings.clear("firewall");
+            Some(firewall)
+        }
+        Err(error) => {
+            let failure = Failure::from(error);
+            let what = format!("{}: no peer is let in: {}", failure.number(), failure.why);
+            findings.raise("firewall", Severity::Bad, "this host's firewall", what, failure.next);
+            None
+        }
+    }
+}
+
+fn peer_config(peer: &Peer, endpoint: Option<SocketAddr>) -> PeerConfig {
+    PeerConfig {
+        public_key: PublicKey(peer.wireguard_key()),
+        preshared_key: None,
+        endpoint,
+        allowed_ips: vec![IpNet::from(IpAddr::V4(peer.leaf.ipv4)), IpNet::from(IpAddr::V6(peer.leaf.ipv6))],
+        persistent_keepalive: Some(KEEPALIVE),
+    }
+}
