@@ -18,7 +18,8 @@ impl Directory {
         Self { published: RwLock::new((world, head)), head: watch::Sender::new(head) }
     }
 
-    /// Looks at World. The closure cannot wait, so the lock is never held across an await.
+    /// Looks at World. The closure cannot wait, so the lock is never held across an await; and it must not
+    /// look here again, nor take a lock under which somebody else looks here.
     pub(crate) fn read<T>(&self, look: impl FnOnce(&World) -> T) -> T {
         self.read_with_head(|world, _| look(world))
     }

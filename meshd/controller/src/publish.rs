@@ -129,12 +129,17 @@ impl Publisher {
         if let Some(frozen) = &*self.frozen.read().unwrap_or_else(PoisonError::into_inner) {
             return frozen.clone();
         }
+        // One lock after the other, never both: readers of each wait behind its writers.
+        let roles = [CaRole::Issuing, CaRole::Root];
+        let issuers = roles.map(|role| self.issuing.authority().issuer_key_id(role));
+        let numbers = self
+            .directory
+            .read(|world| issuers.each_ref().map(|issuer| world.last_crl_number(issuer, SHARD)));
         let signed = self.signed.read().unwrap_or_else(PoisonError::into_inner);
-        [CaRole::Issuing, CaRole::Root]
+        issuers
             .into_iter()
-            .filter_map(|role| {
-                let issuer = self.issuing.authority().issuer_key_id(role);
-                let number = self.directory.read(|world| world.last_crl_number(&issuer, SHARD));
+            .zip(numbers)
+            .filter_map(|(issuer, number)| {
                 let der = signed.get(&issuer)?.get(&number)?.der.clone();
                 Some(PublishedCrl { issuer, shard: SHARD, number, der })
             })
@@ -167,9 +172,10 @@ impl Publisher {
     }
 
     /// How many certificates the published CRL of `issuer` lists.
-    pub(crate) fn entries_of(&self, issuer: &KeyId, number: u64) -> usize {
+    pub(crate) fn entries_of(&self, issuer: &[u8], number: u64) -> usize {
         let signed = self.signed.read().unwrap_or_else(PoisonError::into_inner);
-        signed.get(issuer).and_then(|all| all.get(&number)).map_or(0, |crl| crl.listed.len())
+        let all = signed.iter().find(|(known, _)| known.0 == issuer);
+        all.and_then(|(_, all)| all.get(&number)).map_or(0, |crl| crl.listed.len())
     }
 
     async fn refresh(&self) -> Result<(), Problem> {
@@ -186,20 +192,20 @@ impl Publisher {
     /// Whether the CRL is missing, lacks a revocation, or is old enough to be signed anew.
     fn is_due(&self, role: CaRole, now: UtcTime) -> bool {
         let issuer = self.issuing.authority().issuer_key_id(role);
+        let (state, entries) = self
+            .directory
+            .read(|world| (world.crl(&issuer, SHARD).cloned(), world.revoked_entries(&issuer, SHARD)));
+        let Some(state) = state else { return true };
         let signed = self.signed.read().unwrap_or_else(PoisonError::into_inner);
-        self.directory.read(|world| {
-            let Some(state) = world.crl(&issuer, SHARD) else { return true };
-            let Some(current) = signed.get(&issuer).and_then(|all| all.get(&state.number)) else {
-                return true;
-            };
-            let entries = world.revoked_entries(&issuer, SHARD);
-            let complete = entries.iter().all(|(serial, ..)| current.listed.contains(serial));
-            let aged = match role {
-                CaRole::Issuing => now.since(state.this_update) >= CRL_RESIGN_AFTER,
-                CaRole::Root => state.next_update.since(now) <= ROOT_CRL_RESIGN_BEFORE,
-            };
-            !complete || aged
-        })
+        let Some(current) = signed.get(&issuer).and_then(|all| all.get(&state.number)) else {
+            return true;
+        };
+        let complete = entries.iter().all(|(serial, ..)| current.listed.contains(serial));
+        let aged = match role {
+            CaRole::Issuing => now.since(state.this_update) >= CRL_RESIGN_AFTER,
+            CaRole::Root => state.next_update.since(now) <= ROOT_CRL_RESIGN_BEFORE,
+        };
+        !complete || aged
     }
 
     /// Signs, records, writes and publishes one CRL. The caller holds the turn.
@@ -243,11 +249,11 @@ impl Publisher {
         Ok(number)
     }
 
-    /// Remembers a signed CRL, and forgets all but the one before it.
+    /// Remembers a signed CRL, and forgets all but the two before it, which somebody may be reading.
     fn keep(&self, issuer: &KeyId, number: u64, crl: Signed) {
         let mut signed = self.signed.write().unwrap_or_else(PoisonError::into_inner);
         let all = signed.entry(issuer.clone()).or_default();
-        all.retain(|other, _| *other + 1 >= number);
+        all.retain(|other, _| *other + 2 >= number);
         all.insert(number, crl);
     }
 

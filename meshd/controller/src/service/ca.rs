@@ -13,7 +13,12 @@ pub(crate) struct CaService(pub(crate) Arc<Parts>);
 #[tonic::async_trait]
 impl pb::ca_server::Ca for CaService {
     async fn show(&self, _: Request<pb::Empty>) -> Result<Response<pb::CaInfo>, Status> {
-        Ok(Response::new(self.0.ca_info()))
+        let mut info = self.0.ca_info();
+        // After World was read, not while: its lock and the publisher's are never held together.
+        for crl in &mut info.crls {
+            crl.entries = self.0.publisher.entries_of(&crl.issuer_key_id, crl.number) as u64;
+        }
+        Ok(Response::new(info))
     }
 }
 
@@ -36,7 +41,7 @@ impl Parts {
                     number: crl.number,
                     this_update: crl.this_update.unix(),
                     next_update: crl.next_update.unix(),
-                    entries: self.publisher.entries_of(&crl.issuer_key_id, crl.number) as u64,
+                    entries: 0,
                     signed_at: super::fleet::signed_at(crl.this_update),
                     issuer: subject_of(&crl.issuer_key_id),
                 })
