@@ -31,6 +31,7 @@ use crate::firewall::Firewall;
 use crate::hostop::{Host, HostOp};
 use crate::identity::Active;
 use crate::join::wireguard_key;
+use crate::limits::PEERS_PER_MAP_MAX;
 use crate::pki::Trust;
 use crate::roster::{Peer, Place, Roster, RosterError};
 use crate::state::{Identity, StateDir};
