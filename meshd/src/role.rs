@@ -14,6 +14,7 @@ use crate::{
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     // Whatever the caller's umask: what this process makes is its own.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    keep_memory_private()?;
     match cli.role {
         cli::Role::Controller(cli::Controller::Init(init)) => controller_init(init),
         cli::Role::Controller(cli::Controller::Run(flags)) => controller_run(&Settings::controller(&flags)?),
@@ -31,6 +32,15 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             Ok(())
         }
     }
+}
+
+/// Keys and passphrases live in this process's memory: no core file, and no look into it for another process
+/// of the same user (ptrace, `/proc/PID/mem`, `environ`).
+fn keep_memory_private() -> Result<(), Failure> {
+    use nix::sys::{prctl, resource};
+    let refused = |errno| Failure::internal("cannot keep this process's memory private", &errno);
+    resource::setrlimit(resource::Resource::RLIMIT_CORE, 0, 0).map_err(refused)?;
+    prctl::set_dumpable(false).map_err(refused)
 }
 
 fn show(verb: ConfigVerb, settings: &Settings) {
