@@ -12,7 +12,7 @@ use mesh_tunnel::{
 use nix::sched::{CloneFlags, setns};
 
 /// Longest wait for anything that ought to happen.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(45);
 /// A test that takes longer than this has hung.
 pub(crate) const WATCHDOG: Duration = Duration::from_secs(120);
 const INSIDE: &str = "MESH_TUNNEL_INSIDE_NAMESPACE";

@@ -8,6 +8,7 @@ use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::StaticSecret;
 use mesh_tunnel::TunnelEvent;
 
+use crate::basic::tcp_transfer;
 use crate::lab::{connected, echo, eventually, key};
 
 netns_tests! {
@@ -91,6 +92,45 @@ netns_tests! {
         a.tunnel.initiate_handshake(&b.key());
         a.expect_event(|event| matches!(event, TunnelEvent::HandshakeDone { .. }));
         a.namespace.ping(b.inner4);
+    }
+
+    fn peers_that_come_and_go_do_not_disturb_the_others() {
+        let (a, b) = connected();
+        let finished = AtomicBool::new(false);
+        let rounds = thread::scope(|scope| {
+            let churn = scope.spawn(|| {
+                let mut rounds = 0;
+                while !finished.load(Ordering::Relaxed) {
+                    for end in [&a, &b] {
+                        for byte in 20..60 {
+                            let address = std::net::IpAddr::from([10, 216, 0, byte]);
+                            let guest = mesh_tunnel::PeerConfig {
+                                public_key: key(byte).public(),
+                                allowed_ips: vec![address.into()],
+                                ..a.as_peer(None)
+                            };
+                            end.tunnel.set_peer(guest).unwrap();
+                        }
+                        for byte in 20..60 {
+                            assert!(end.tunnel.remove_peer(&key(byte).public()));
+                        }
+                    }
+                    rounds += 1;
+                }
+                rounds
+            });
+            for _ in 0..4 {
+                tcp_transfer(&b.namespace, &a.namespace, b.inner4, 8 << 20);
+            }
+            finished.store(true, Ordering::Relaxed);
+            churn.join().unwrap()
+        });
+        assert!(rounds > 0);
+        for end in [&a, &b] {
+            let counters = end.tunnel.counters();
+            assert_eq!((counters.rx_invalid, counters.rx_wrong_source), (0, 0), "{counters:?}");
+            assert_eq!(end.tunnel.peers().len(), 1);
+        }
     }
 
     fn a_peer_that_restarts_is_back_when_it_speaks() {
