@@ -13,7 +13,7 @@ use crate::certify::Order;
 use crate::limits::{NAMES_PER_CERTIFICATE_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
 use crate::revoke;
-use crate::service::messages::certificate_message;
+use crate::service::messages::{certificate_message, name_owner};
 use crate::status::Problem;
 
 #[derive(Debug)]
@@ -126,15 +126,22 @@ impl Parts {
         limit: usize,
     ) -> Result<pb::ListCertificatesResponse, Problem> {
         let history = self.history.clone();
-        let mut page = self.issuing.on_pool(move || history.certificates(after, limit)).await?;
+        let mut page = self
+            .issuing
+            .on_pool(move || {
+                history.catch_up();
+                history.certificates(after, limit)
+            })
+            .await?;
         let at = self.utc();
         let within = super::seconds(request.expiring_within_secs);
         // What World still knows, it knows better: names of owners, and revocations of this second.
         self.directory.read(|world| {
             for certificate in &mut page.certificates {
                 let known = Serial::try_from(&*certificate.serial).ok();
-                if let Some(known) = known.and_then(|serial| world.certificate(&serial)) {
-                    *certificate = certificate_message(world, known);
+                match known.and_then(|serial| world.certificate(&serial)) {
+                    Some(known) => *certificate = certificate_message(world, known),
+                    None => name_owner(world, certificate),
                 }
             }
         });
@@ -159,7 +166,13 @@ impl Parts {
         let (seq, message) = match known {
             Some((seq, message)) => (Some(seq), Some(message)),
             None if is_node => return Err(not_found()),
-            None => (self.issuing.on_pool(move || history.issued_seq(&serial)).await?, None),
+            None => {
+                let find = move || {
+                    history.catch_up();
+                    history.issued_seq(&serial)
+                };
+                (self.issuing.on_pool(find).await?, None)
+            }
         };
         let seq = seq.ok_or_else(not_found)?;
         let issued = self.issuing.on_pool(move || archive.certificate(seq, &serial)).await?;

@@ -62,6 +62,14 @@ pub(crate) fn issued_message(domain: &str, certificate: &CertificateRecord) -> p
     }
 }
 
+/// Puts the name of a node that still exists in the place of its index.
+pub(crate) fn name_owner(world: &World, certificate: &mut pb::Certificate) {
+    let id = certificate.owner.strip_prefix("node ").and_then(|id| id.parse().ok());
+    if let Some(node) = id.and_then(|id| world.node(mesh_core::NodeId(id))) {
+        certificate.owner = node.name.to_string();
+    }
+}
+
 fn names(dns: &[mesh_core::DnsName], ips: &[std::net::IpAddr]) -> Vec<String> {
     dns.iter().map(ToString::to_string).chain(ips.iter().map(ToString::to_string)).collect()
 }

@@ -244,3 +244,77 @@ async fn a_race_of_renewal_and_revocation_ends_revoked() {
     }
     running.stop().await.unwrap();
 }
+
+/// What World has forgotten, the index and the journal still know.
+#[tokio::test(flavor = "multi_thread")]
+async fn ended_certificates_stay_in_the_history() {
+    let clock = std::sync::Arc::new(mesh_runtime::ManualClock::new(time::UtcDateTime::now()));
+    let mesh = Mesh::init_at(clock.clone());
+    let running = mesh.start().await;
+    let alpha = running.enroll("alpha").await;
+    let service = running.service(&alpha, "api.alpha.mesh.internal", "peer").await;
+    let serial = mesh_ca::verify_chain(
+        &service.leaf,
+        &[service.issuer.clone().into()],
+        &running.anchors(),
+        clock_now(&clock),
+        mesh_ca::Usage::Any,
+        None,
+    )
+    .unwrap()
+    .serial;
+    let mut operator = CertificatesClient::new(running.local().await);
+    let which = pb::revoke_certificate_request::Which::Serial(serial.as_bytes().to_vec().into());
+    let request = pb::RevokeCertificateRequest {
+        which: Some(which),
+        reason: "superseded".into(),
+        ..Default::default()
+    };
+    operator.revoke(request).await.unwrap();
+    running.stop().await.unwrap();
+    // Long after its end, and after CRLs that need not list it any more.
+    for _ in 0..3 {
+        clock.advance(Duration::from_secs(100 * 3600));
+        let running = mesh.start().await;
+        running.plain_token().await;
+        running.stop().await.unwrap();
+    }
+
+    let running = mesh.start().await;
+    let mut operator = CertificatesClient::new(running.local().await);
+    let live = operator.list(pb::ListCertificatesRequest::default()).await.unwrap().into_inner();
+    assert!(live.certificates.iter().all(|certificate| certificate.profile == "controller"), "{live:?}");
+    let mut found = vec![];
+    let mut page_token = String::new();
+    loop {
+        let page = pb::ListCertificatesRequest {
+            include_ended: true,
+            page_size: 2,
+            page_token: page_token.clone(),
+            ..Default::default()
+        };
+        let page = operator.list(page).await.unwrap().into_inner();
+        assert!(page.certificates.len() <= 2);
+        found.extend(page.certificates);
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert!(found.is_sorted_by(|a, b| a.not_after >= b.not_after));
+    let serials: std::collections::BTreeSet<_> = found.iter().map(|c| c.serial.clone()).collect();
+    assert_eq!(serials.len(), found.len());
+    let ended = found.iter().find(|c| c.serial == serial.as_bytes().as_slice()).expect("the service's");
+    assert_eq!((ended.owner.as_str(), ended.reason.as_str()), ("alpha", "superseded"));
+    assert!(ended.revoked_at > 0);
+    let get = pb::GetCertificateRequest { serial: ended.serial.clone() };
+    assert_eq!(operator.get(get).await.unwrap().into_inner().leaf, service.leaf);
+    let unknown = pb::GetCertificateRequest { serial: vec![0x41; 16].into() };
+    assert_eq!(code(&operator.get(unknown).await.unwrap_err()), ErrorCode::CertificateNotFound);
+    running.stop().await.unwrap();
+}
+
+fn clock_now(clock: &mesh_runtime::ManualClock) -> time::UtcDateTime {
+    use mesh_runtime::Clock as _;
+    clock.utc_now()
+}
