@@ -3,9 +3,10 @@
 use std::net::UdpSocket;
 
 use mesh_tunnel::Offloads;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::basic::tcp_transfer;
-use crate::lab::{End, Namespace, introduce, run, two_namespaces};
+use crate::lab::{End, Namespace, connected, introduce, run, two_namespaces};
 
 /// TCP both ways in both families, and datagrams in bursts.
 fn traffic(a: &End, b: &End, bytes: usize) {
@@ -95,6 +96,22 @@ netns_tests! {
                 assert_eq!((counters.rx_interface_errors, counters.tx_malformed), (0, 0), "{offloads:?}");
             }
         }
+    }
+
+    fn datagrams_that_a_program_sends_in_one_piece_arrive_one_by_one() {
+        let (a, b) = connected();
+        for (from, to) in [(a.inner4, b.inner4), (a.inner6, b.inner6)] {
+            let (from, to) = (a.namespace.udp((from, 0).into()), b.namespace.udp((to, 0).into()));
+            setsockopt(&from, sockopt::UdpGsoSegment, &1000).unwrap();
+            let bytes: Vec<u8> = (0..20_500_u32).map(|n| (n * 31 >> 3) as u8).collect();
+            from.send_to(&bytes, to.local_addr().unwrap()).unwrap();
+            let mut buffer = [0; 2048];
+            for datagram in bytes.chunks(1000) {
+                let (length, _) = to.recv_from(&mut buffer).unwrap();
+                assert!(buffer[..length] == *datagram);
+            }
+        }
+        assert_eq!(a.tunnel.counters().tx_malformed, 0);
     }
 
     #[ignore = "needs ethtool; run with --ignored"]
