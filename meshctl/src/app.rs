@@ -14,8 +14,8 @@ use crate::{
 
 /// For one answer, unless `--timeout` says another.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// Between two looks of `--watch`.
-const WATCH_PERIOD: Duration = Duration::from_secs(2);
+/// Between two looks of `--watch`, at least: it asks a controller that others need too.
+const WATCH_PERIOD_MIN: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Clone)]
 pub(crate) struct App {
@@ -99,8 +99,7 @@ impl App {
     {
         let Some(Span(period)) = watch.watch else { return show().await };
         let clear = std::io::stdout().is_terminal() && !self.out.is_json();
-        let mut ticks =
-            tokio::time::interval(period.max(Duration::from_millis(100)).max(WATCH_PERIOD.min(period)));
+        let mut ticks = tokio::time::interval(period.max(WATCH_PERIOD_MIN));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;

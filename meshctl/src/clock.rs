@@ -20,7 +20,13 @@ impl Command {
         let request = pb::ConfirmClockRequest { operation_id: operation_id() };
         let answer = app.ask(client!(FleetClient<_>, app.controller().await?).confirm_clock(request)).await?;
         let body = json!({ "detail": answer.detail });
-        app.out.action("ClockConfirmation", answer.changed, body, "controller", &[answer.detail]);
+        app.out.action(
+            "ClockConfirmation",
+            answer.changed,
+            body,
+            "controller",
+            &[crate::text::safe(&answer.detail).into_owned()],
+        );
         Ok(Exit::Done)
     }
 }

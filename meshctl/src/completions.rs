@@ -20,3 +20,22 @@ impl Completions {
         Exit::Done
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::ValueEnum as _;
+
+    use super::*;
+
+    #[test]
+    fn every_shell_gets_a_script_that_knows_the_commands() {
+        for shell in Shell::value_variants() {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);
+            let script = String::from_utf8(script).unwrap();
+            for word in ["enroll", "fingerprint", "revoke"] {
+                assert!(script.contains(word), "{shell}: {word}");
+            }
+        }
+    }
+}

@@ -42,7 +42,7 @@ use crate::{
     app::App,
     cli::{Cli, Command},
     error::{Exit, Failure, Result, code_name},
-    output::{Tone, paint, write_bytes},
+    output::{Tone, paint, write_bytes, write_text},
 };
 
 fn main() -> ExitCode {
@@ -105,7 +105,7 @@ async fn ask(command: Command, app: &App) -> Result<Exit> {
 fn usage(error: &clap::Error) -> Exit {
     let text = error.render().ansi().to_string();
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        anstream::print!("{text}");
+        write_text(&text);
         return Exit::Done;
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
@@ -115,9 +115,7 @@ fn usage(error: &clap::Error) -> Exit {
     let plain = error.render().to_string();
     let body = plain.strip_prefix("error: ").unwrap_or(&plain);
     anstream::eprint!("{} {body}", paint(Tone::Bad, &format!("error[{}]:", code_name(ErrorCode::Usage))));
-    if std::env::args()
-        .any(|argument| argument == "json" || argument == "-ojson" || argument == "--output=json")
-    {
+    if json_was_asked_for(&std::env::args().collect::<Vec<_>>()) {
         let first = body.lines().next().unwrap_or_default();
         let document = serde_json::json!({
             "apiVersion": output::API_VERSION, "kind": "Error", "code": code_name(ErrorCode::Usage), "error": first,
@@ -126,4 +124,32 @@ fn usage(error: &clap::Error) -> Exit {
         write_bytes(format!("{document}\n").as_bytes());
     }
     Exit::Usage
+}
+
+/// Looks for `-o json` in a command line that could not be read as a whole.
+fn json_was_asked_for(arguments: &[String]) -> bool {
+    let joined = ["-ojson", "-o=json", "--output=json"];
+    let apart = |pair: &[String]| matches!(pair[0].as_str(), "-o" | "--output") && pair[1] == "json";
+    arguments.iter().any(|argument| joined.contains(&argument.as_str())) || arguments.windows(2).any(apart)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_recognised_in_a_broken_command_line() {
+        let asked = |line: &str| json_was_asked_for(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        for line in [
+            "meshctl frob -o json",
+            "meshctl -ojson frob",
+            "meshctl frob --output=json",
+            "meshctl --output json x",
+        ] {
+            assert!(asked(line), "{line}");
+        }
+        for line in ["meshctl node show json --frob", "meshctl frob -o table", "meshctl frob -o"] {
+            assert!(!asked(line), "{line}");
+        }
+    }
 }

@@ -202,6 +202,7 @@ impl Output {
                 document["changed"] = Value::Bool(changed);
                 self.json(&document);
             }
+            Format::Name if name.is_empty() => {}
             Format::Name => self.line(&text::safe(name)),
             Format::Table | Format::Wide if self.quiet => {}
             Format::Table | Format::Wide => lines.iter().for_each(|line| self.line(line)),
@@ -229,6 +230,10 @@ fn document<T: Serialize>(kind: &str, body: &T) -> Value {
 }
 
 /// Text to stdout, without its colours where none are wanted.
+pub(crate) fn write_text(text: &str) {
+    write_out(text.as_bytes());
+}
+
 fn write_out(data: &[u8]) {
     let mut stdout = anstream::stdout().lock();
     settle(stdout.write_all(data).and_then(|()| stdout.flush()));
