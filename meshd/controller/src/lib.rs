@@ -1,8 +1,8 @@
 //! The controller: private certificate authority and directory of a fleet.
 //!
-//! Requests enter by [`listener`], are admitted by [`gate`] after the one table in [`auth`], handled by a
-//! thin file of [`service`], decided and recorded by the one thread of [`writer`], and answered from
-//! the published World in [`directory`]. Errors leave by [`status`] and no other door.
+//! Requests enter by `listener`, are admitted by `gate` after the one table in `auth`, handled by a
+//! thin file of `service`, decided and recorded by the one thread of `writer`, and answered from
+//! the published World in `directory`. Errors leave by `status` and no other door.
 #![forbid(unsafe_code)]
 
 mod config;
