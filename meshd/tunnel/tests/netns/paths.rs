@@ -103,7 +103,7 @@ netns_tests! {
         for (from, to) in [(a.inner4, b.inner4), (a.inner6, b.inner6)] {
             let (from, to) = (a.namespace.udp((from, 0).into()), b.namespace.udp((to, 0).into()));
             setsockopt(&from, sockopt::UdpGsoSegment, &1000).unwrap();
-            let bytes: Vec<u8> = (0..20_500_u32).map(|n| (n * 31 >> 3) as u8).collect();
+            let bytes: Vec<u8> = (0..20_500_u32).map(|n| ((n * 31) >> 3) as u8).collect();
             from.send_to(&bytes, to.local_addr().unwrap()).unwrap();
             let mut buffer = [0; 2048];
             for datagram in bytes.chunks(1000) {
