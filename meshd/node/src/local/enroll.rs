@@ -15,6 +15,7 @@ use zeroize::Zeroizing;
 use crate::failure::Failure;
 use crate::join::{Progress, Token};
 use crate::run::{Node, enroll_attended, enrolled_already, host_name};
+use crate::session::Session;
 use crate::state::Identity;
 
 /// Steps that may wait for a slow reader.
@@ -23,6 +24,10 @@ const STEPS: usize = 16;
 const OVERLAY_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the first map may take; without it the enrollment is good all the same.
 const FIRST_MAP_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the first handshake may take; the same holds.
+const FIRST_PEER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often is looked for it.
+const PEER_LOOK: Duration = Duration::from_millis(20);
 
 /// Enrolls in a task of its own: it goes on when the caller hangs up (`--no-wait`).
 pub(super) fn enroll(
@@ -128,8 +133,23 @@ async fn overlay_up(node: &Node) -> Result<(), Failure> {
         let mut channel = session.uplink.channel.clone();
         // Too late is no failure: the node goes on trying.
         let _ = tokio::time::timeout(FIRST_MAP_TIMEOUT, channel.wait_for(Option::is_some)).await;
+        let _ = tokio::time::timeout(FIRST_PEER_TIMEOUT, first_peer(&session)).await;
     }
     Ok(())
+}
+
+/// Waits until the first map is applied and, if it names peers, one of them has answered, so that a `ping`
+/// typed right after `enroll` is not told that the host is unreachable.
+async fn first_peer(session: &Session) {
+    let mut look = tokio::time::interval(PEER_LOOK);
+    loop {
+        look.tick().await;
+        let Ok(network) = session.network.status().await else { return };
+        let answered = network.peers.is_empty() || network.peers.iter().any(|peer| peer.has_session);
+        if network.roster_seq > 0 && answered {
+            return;
+        }
+    }
 }
 
 fn answer(identity: &Identity, changed: bool) -> Enrolled {
