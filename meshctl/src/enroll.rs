@@ -131,18 +131,45 @@ impl Leave {
     pub(crate) async fn run(self, app: &App) -> Result<Exit> {
         app.confirm("leave the mesh and forget this machine's identity?")?;
         let answer = app.ask_node(client!(LocalClient<_>, app.node().await?).leave(pb::Empty {})).await?;
-        let line = if answer.changed {
-            "left the mesh; the identity is forgotten"
-        } else {
-            "this machine is in no mesh"
-        };
+        let (line, exit) = departure(&answer);
         app.out.action(
             "Departure",
             answer.changed,
-            json!({ "detail": answer.detail }),
+            json!({ "detail": answer.detail, "incomplete": answer.incomplete }),
             "",
-            &[line.to_owned()],
+            &[line],
         );
-        Ok(Exit::Done)
+        Ok(exit)
+    }
+}
+
+/// What is said of a departure, and whether the controller still has to be told of it.
+fn departure(answer: &pb::ActionResponse) -> (String, Exit) {
+    let line = match (answer.changed, answer.detail.as_str()) {
+        (false, _) => "this machine is in no mesh".to_owned(),
+        (true, detail) if answer.incomplete => safe(detail).into_owned(),
+        (true, _) => "left the mesh; the identity is forgotten".to_owned(),
+    };
+    (line, if answer.incomplete { Exit::Findings } else { Exit::Done })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_departure_the_controller_does_not_know_of_is_a_finding() {
+        let answer = |changed, incomplete, detail: &str| pb::ActionResponse {
+            changed,
+            detail: detail.to_owned(),
+            incomplete,
+        };
+        let told = departure(&answer(true, false, "this machine has left the mesh"));
+        assert_eq!(told, ("left the mesh; the identity is forgotten".to_owned(), Exit::Done));
+        let untold = departure(&answer(true, true, "the controller was not told (x\u{1b}[2J): run it there"));
+        assert_eq!(untold.1, Exit::Findings);
+        assert_eq!(untold.0, "the controller was not told (x\\u{1b}[2J): run it there");
+        let nowhere = departure(&answer(false, false, "this machine was not enrolled"));
+        assert_eq!(nowhere, ("this machine is in no mesh".to_owned(), Exit::Done));
     }
 }

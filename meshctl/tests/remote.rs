@@ -64,7 +64,8 @@ impl Nodes for Controller {
     }
 
     async fn approve(&self, _: Request<pb::NodeRequest>) -> Result<Response<pb::ActionResponse>, Status> {
-        Ok(Response::new(pb::ActionResponse { changed: false, detail: "was let in before".into() }))
+        let detail = "was let in before".into();
+        Ok(Response::new(pb::ActionResponse { changed: false, detail, incomplete: false }))
     }
 
     async fn tag(
@@ -74,7 +75,7 @@ impl Nodes for Controller {
         let request = request.into_inner();
         assert_eq!(request.operation_id.len(), 16);
         let detail = format!("add {:?} remove {:?}", request.add, request.remove);
-        Ok(Response::new(pb::ActionResponse { changed: true, detail }))
+        Ok(Response::new(pb::ActionResponse { changed: true, detail, incomplete: false }))
     }
 
     async fn revoke(

@@ -34,7 +34,7 @@ impl pb::fleet_server::Fleet for FleetService {
             true => format!("the clock counts again; it is {}", self.0.utc()),
             false => "the clock was not held".to_owned(),
         };
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 }
 

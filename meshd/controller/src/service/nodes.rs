@@ -40,7 +40,7 @@ impl pb::nodes_server::Nodes for NodesService {
         let operation = super::operation(&request.operation_id)?;
         let committed = self.0.submit(&caller, operation, Command::ApproveNode { node }).await?;
         let detail = format!("node {} may enroll", request.name);
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 
     async fn tag(
@@ -59,7 +59,7 @@ impl pb::nodes_server::Nodes for NodesService {
             tags.iter().map(ToString::to_string).collect()
         });
         let detail = format!("node {} has tags [{}]", request.name, now.join(" "));
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 
     async fn revoke(
@@ -88,7 +88,7 @@ impl pb::nodes_server::Nodes for NodesService {
         let operation = super::operation(&request.operation_id)?;
         let committed = self.0.submit(&caller, operation, Command::RotateKeys { node }).await?;
         let detail = format!("node {} makes new keys at its next contact", request.name);
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 
     async fn leave(&self, request: Request<pb::Empty>) -> Result<Response<pb::ActionResponse>, Status> {
@@ -101,7 +101,7 @@ impl pb::nodes_server::Nodes for NodesService {
         self.0.publisher.ensure_covers(committed.seq).await?;
         self.0.presence.forget(*id);
         let detail = format!("node {name} has left the mesh");
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 }
 

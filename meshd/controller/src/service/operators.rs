@@ -81,7 +81,7 @@ impl pb::operators_server::Operators for OperatorsService {
             self.0.publisher.ensure_covers(committed.seq).await?;
         }
         let detail = format!("operator {name} is removed");
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 
     async fn login(&self, request: Request<pb::LoginRequest>) -> Result<Response<pb::LoginResponse>, Status> {

@@ -46,7 +46,7 @@ impl pb::policy_server::Policy for PolicyService {
         let committed = self.0.submit(&caller, operation, command).await?;
         let version = self.0.directory.read(|world| world.policy_version());
         let detail = format!("policy version {version} is in force");
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 }
 

@@ -55,7 +55,7 @@ impl pb::tokens_server::Tokens for TokensService {
         }
         let committed = self.0.submit(&caller, operation, Command::RevokeToken { id }).await?;
         let detail = format!("token {id} is void");
-        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail }))
+        Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
     }
 }
 

@@ -57,7 +57,7 @@ impl Local for LocalService {
     async fn leave(&self, _request: Request<pb::Empty>) -> Result<Response<pb::ActionResponse>, Status> {
         let Ok(session) = self.node.session().await else {
             let detail = "this machine was not enrolled".to_owned();
-            return Ok(Response::new(pb::ActionResponse { changed: false, detail }));
+            return Ok(Response::new(pb::ActionResponse { changed: false, detail, incomplete: false }));
         };
         let told = self.tell_controller(&session).await;
         drop(session);
@@ -65,13 +65,14 @@ impl Local for LocalService {
         let gone = |_| Status::from(Failure::from(crate::network::Gone));
         self.node.leave.send(reply).await.map_err(|_| Status::from(Failure::from(crate::network::Gone)))?;
         answer.await.map_err(gone)??;
+        let incomplete = told.is_err();
         let detail = match told {
             Ok(()) => "this machine has left the mesh".to_owned(),
             Err(failure) => format!(
                 "this machine has left the mesh; the controller was not told ({failure}): run `meshctl node rm` there"
             ),
         };
-        Ok(Response::new(pb::ActionResponse { changed: true, detail }))
+        Ok(Response::new(pb::ActionResponse { changed: true, detail, incomplete }))
     }
 
     async fn status(&self, _request: Request<pb::Empty>) -> Result<Response<pb::NodeStatus>, Status> {
