@@ -159,6 +159,32 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// A token spoiled anywhere, or no token at all: one that can be used, or a refusal that quotes nothing.
+        #[test]
+        fn any_text_is_a_usable_token_or_none(
+            noise in "\\PC{0,60}|mesh1_[A-Za-z0-9_-]{0,90}",
+            at in proptest::prelude::any::<proptest::sample::Index>(),
+            put in "[A-Za-z0-9_-]",
+        ) {
+            let mut spoiled = encoded(&token(Kind::Operator));
+            let at = at.index(spoiled.len());
+            spoiled.replace_range(at..=at, &put);
+            for text in [noise, spoiled] {
+                match parse_operator_token(&text) {
+                    Ok(Token(read)) => {
+                        proptest::prop_assert_eq!(read.root_spki_sha256.len(), 32);
+                        proptest::prop_assert!(read.kind() == Kind::Operator && !read.controllers.is_empty());
+                    }
+                    Err(failure) => {
+                        proptest::prop_assert_eq!(failure.code, ErrorCode::TokenInvalid);
+                        proptest::prop_assert!(text.len() < 24 || !failure.render().contains(&text));
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_token_comes_from_argument_or_file_and_has_a_limit() {
         let folder = tempfile::tempdir().unwrap();

@@ -459,6 +459,32 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// A token spoiled anywhere, or no token at all: a value within the limits, or a refusal that quotes nothing.
+        #[test]
+        fn any_text_is_a_token_within_limits_or_none(
+            noise in "\\PC{0,60}|mesh1_[A-Za-z0-9_-]{0,90}",
+            at in proptest::prelude::any::<proptest::sample::Index>(),
+            put in "[A-Za-z0-9_-]",
+        ) {
+            let mut spoiled = printed(|_| {});
+            let at = at.index(spoiled.len());
+            spoiled.replace_range(at..=at, &put);
+            for text in [noise, spoiled] {
+                match Token::parse(&text) {
+                    Ok(token) => {
+                        proptest::prop_assert!((1..=CONTROLLERS_MAX).contains(&token.controllers.len()));
+                    }
+                    Err(failure) => {
+                        proptest::prop_assert_eq!(failure.code, ErrorCode::TokenInvalid);
+                        let shown = format!("{failure} {}", failure.next);
+                        proptest::prop_assert!(text.len() < 24 || !shown.contains(&text[..]), "{}", shown);
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_retry_after_a_crash_asks_for_the_same_with_the_same_keys() {
         let (_parent, joiner) = joiner();

@@ -194,6 +194,26 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// Whatever stands in a file, it is refused, or every pair in it is one that can be written and issued.
+        #[test]
+        fn any_text_is_a_good_declaration_or_none(
+            text in "\\PC{0,80}|(\\[\\[pair\\]\\]\nnames = \\[\"[a-z*.:/0-9-]{0,12}\"\\]\n\
+                ((out|profile|ttl|owner|mode|reload|x) = (\"(/tmp/x|\\.\\./x|server|node|[0-9]{1,12}[smhd]?|0:0|0[0-7]{1,5}|\\PC{0,9})\"|7|true)\n){0,4}){0,3}",
+        ) {
+            for pair in parse(&text, Path::new(OWN)).unwrap_or_default() {
+                proptest::prop_assert!(pair.out.is_absolute(), "{text}");
+                proptest::prop_assert!(["server", "client", "peer"].contains(&pair.profile.as_str()), "{text}");
+                proptest::prop_assert!(pair.mode & 0o007 == 0 && pair.mode & 0o400 != 0, "{text}");
+                proptest::prop_assert!(pair.origin == Origin::Declared);
+                for name in &pair.names {
+                    let address = name.parse::<std::net::IpAddr>().is_ok();
+                    proptest::prop_assert!(address || mesh_ca::DnsName::parse(name).is_ok(), "{name:?}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn only_what_root_alone_may_write_counts() {
         if !nix::unistd::geteuid().is_root() {

@@ -249,6 +249,46 @@ proptest! {
         prop_assert_eq!(by_changes.to_full(Vec::new()), whole.to_full(Vec::new()));
     }
 
+    /// Bytes of a stream, spoiled anywhere: no panic, and whoever comes out as a peer is one as its certificate says.
+    #[test]
+    fn spoiled_bytes_make_no_peer_that_no_certificate_names(
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+        cut in proptest::option::of(any::<prop::sample::Index>()),
+        as_delta in any::<bool>(),
+    ) {
+        let (mesh, own, records) = six();
+        let trust = mesh.trust(own, 1, &[]);
+        let response = match as_delta {
+            false => pb::sync_response::Response::Full(full(2, records.to_vec())),
+            true => pb::sync_response::Response::Delta(pb::Delta {
+                from: Some(cursor(1)),
+                cursor: Some(cursor(2)),
+                upserts: records.to_vec(),
+                ..Default::default()
+            }),
+        };
+        let message = pb::SyncResponse { response: Some(response), controller_time: 0 };
+        let mut bytes = prost::Message::encode_to_vec(&message);
+        for (at, value) in &changes {
+            let at = at.index(bytes.len());
+            bytes[at] = *value;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let mut roster = Roster::default();
+        roster.apply_full(full(1, Vec::new()), &trust).unwrap();
+        match <pb::SyncResponse as prost::Message>::decode(bytes.as_slice()).ok().and_then(|told| told.response) {
+            Some(pb::sync_response::Response::Full(full)) => drop(roster.apply_full(full, &trust)),
+            Some(pb::sync_response::Response::Delta(delta)) => drop(roster.apply_delta(delta)),
+            _ => {}
+        }
+        let truth = evaluated(mesh, own, records.to_vec(), &[]);
+        for (id, peer) in roster.evaluate(&trust, &place(own), mesh.now).peers {
+            prop_assert_eq!(Some(&peer.leaf), truth.peers.get(&id).map(|peer| &peer.leaf));
+        }
+    }
+
     /// Any byte of a leaf may be changed: the result is never another peer, only none.
     #[test]
     fn a_changed_byte_never_makes_another_peer(at in any::<prop::sample::Index>(), flip in 1u8..) {

@@ -170,6 +170,21 @@ proptest! {
         unsynced.check(whole)?;
     }
 
+    /// A segment of any bytes, with and without something that looks like a frame: refused, or an empty journal.
+    #[test]
+    fn any_bytes_are_refused_or_hold_nothing(
+        before in vec(any::<u8>(), 0..200), header in vec(any::<u8>(), 0..60), after in vec(any::<u8>(), 0..200),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        drop(open(folder.path()));
+        let name = segments(folder.path()).into_iter().next().unwrap_or_else(|| "segment-00000000000000000001".to_owned());
+        let bytes = [&before[..], &[0xf5, b'm', b'j', b'f', 1, 0, 0, 0], &header, &after].concat();
+        fs::write(folder.path().join(name), bytes).unwrap();
+        if let Ok(journal) = FileJournal::open(folder.path(), options()) {
+            prop_assert!(crate::support::contents(&journal).is_empty());
+        }
+    }
+
     /// Damage to what was acknowledged is never healed.
     #[test]
     fn an_acknowledged_frame_is_never_cut(
