@@ -247,12 +247,7 @@ impl Worker {
         // Effect first, disk second: whoever must go is gone before anything else takes time. The map is on
         // disk before it is acknowledged.
         self.reconcile().await;
-        let map = self.roster.to_full(self.trust.crl_haves());
-        if let Err(error) = self.state.save_map(&map) {
-            self.findings.raise_failure("state/map", "the state folder", &error.into());
-        } else {
-            self.findings.clear("state/map");
-        }
+        self.save_map();
         let own = self.roster.own().clone();
         self.outlets.own.send_if_modified(|before| {
             let changed = *before != own;
@@ -290,9 +285,22 @@ impl Worker {
         }
         self.roster.doubt();
         self.reconcile().await;
+        // The map names the CRLs it was stored with, so that older ones put in their place are seen.
+        if self.roster.cursor().is_some() {
+            self.save_map();
+        }
         let belief = Belief { anchors: self.trust.anchors(), revocation: self.trust.revocation() };
         self.outlets.belief.send_replace(belief);
         self.outlets.crls.send_replace(Arc::new(messages));
+    }
+
+    fn save_map(&self) {
+        let map = self.roster.to_full(self.trust.crl_haves());
+        if let Err(error) = self.state.save_map(&map) {
+            self.findings.raise_failure("state/map", "the state folder", &error.into());
+        } else {
+            self.findings.clear("state/map");
+        }
     }
 
     fn take_hints(&mut self, hints: pb::Hints) {
