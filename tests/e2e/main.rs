@@ -6,6 +6,8 @@ mod demo;
 mod enrollment;
 mod lifetime;
 mod mesh;
+mod operations;
 mod outage;
+mod policy;
 mod revocation;
 mod services;
