@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use mesh_core::{Command, OperatorName, Role, TokenId, UtcTime};
+use mesh_core::{Change, Command, OperatorName, Role, TokenId, UtcTime};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
@@ -77,7 +77,8 @@ impl pb::operators_server::Operators for OperatorsService {
         let operation = super::operation(&request.operation_id)?;
         let command = Command::RemoveOperator { name: name.clone() };
         let committed = self.0.submit(&caller, operation, command).await?;
-        if committed.changed() {
+        // An operator who never logged in had no certificate: nothing for a CRL to say.
+        if committed.changes().iter().any(|change| matches!(change, Change::CertificateRevoked { .. })) {
             self.0.publisher.ensure_covers(committed.seq).await?;
         }
         let detail = format!("operator {name} is removed");

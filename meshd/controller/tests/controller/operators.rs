@@ -34,6 +34,11 @@ async fn login(running: &Running, name: &str, role: &str) -> Identity {
     Identity { leaf: answer.leaf.to_vec(), issuer: answer.issuers[0].to_vec(), key: Arc::new(key) }
 }
 
+async fn fleet_crl(running: &Running) -> u64 {
+    let mut fleet = pb::fleet_client::FleetClient::new(running.local().await);
+    fleet.status(pb::Empty {}).await.unwrap().into_inner().crl_number
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_logs_in_once_and_acts_within_the_role_until_removed() {
     let mesh = Mesh::init();
@@ -64,7 +69,13 @@ async fn an_operator_logs_in_once_and_acts_within_the_role_until_removed() {
     assert_eq!(listed.len(), 3);
     assert!(listed.iter().all(|operator| operator.not_after > 0));
     let remove = |name: &str| pb::RemoveOperatorRequest { name: name.into(), ..Default::default() };
+    // Somebody who never logged in has no certificate, so no CRL is made for the removal.
+    add(&running, "nina", "auditor").await;
+    let before = fleet_crl(&running).await;
+    assert!(operators.remove(remove("nina")).await.unwrap().into_inner().changed);
+    assert_eq!(fleet_crl(&running).await, before);
     assert!(operators.remove(remove("olaf")).await.unwrap().into_inner().changed);
+    assert_eq!(fleet_crl(&running).await, before + 1);
     let nobody = operators.remove(remove("nobody")).await.unwrap_err();
     assert_eq!(code(&nobody), ErrorCode::OperatorNotFound);
     let gone = CertificatesClient::new(running.member(&olaf).await).crls(pb::Empty {}).await.unwrap_err();
