@@ -10,6 +10,9 @@ pub(crate) const CONNECTIONS_PER_ADDRESS_MAX: usize = 2_000;
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Age at which a connection is asked to go away; its streams may finish.
 pub(crate) const CONNECTION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
+/// The same for a connection without a client certificate: enough to enroll or to log in. Whoever keeps
+/// more of them open than that takes the places of nodes.
+pub(crate) const ANONYMOUS_CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 /// How long a connection that was asked to go may still finish what it is doing.
 pub(crate) const CONNECTION_GRACE: Duration = Duration::from_millis(400);
 /// HTTP/2 streams open at one time on one connection.

@@ -24,8 +24,9 @@ use tonic::service::Routes;
 use crate::error::StartupError;
 use crate::gate::{Connection, Gate, GateParts, Peer, identify};
 use crate::limits::{
-    CONNECTION_AGE_MAX, CONNECTION_GRACE, CONNECTIONS_MAX, CONNECTIONS_PER_ADDRESS_MAX, HANDSHAKE_TIMEOUT,
-    HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAMS_PER_CONNECTION_MAX,
+    ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, CONNECTIONS_MAX,
+    CONNECTIONS_PER_ADDRESS_MAX, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL,
+    KEEPALIVE_TIMEOUT, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::tls::peer_leaf;
 
@@ -175,6 +176,7 @@ impl Server {
 
     async fn serve(&self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, peer: Peer) {
         let closing = self.shutdown.child_token();
+        let age_max = age_max(&peer);
         let _entry = match peer {
             Peer::Remote { certificate: Some(serial), .. } => {
                 Some(self.connections.register(serial, closing.clone()))
@@ -188,7 +190,7 @@ impl Server {
         tokio::select! {
             ended = served.as_mut() => return log_end(ended),
             () = closing.cancelled() => {}
-            () = tokio::time::sleep(CONNECTION_AGE_MAX) => closing.cancel(),
+            () = tokio::time::sleep(age_max) => closing.cancel(),
         }
         // Answers that are ready may still leave; then the connection goes, whatever runs on it.
         served.as_mut().graceful_shutdown();
@@ -196,6 +198,14 @@ impl Server {
             Ok(ended) => log_end(ended),
             Err(_) => tracing::debug!("connection was cut after its grace"),
         }
+    }
+}
+
+/// How old a connection of this caller may become.
+fn age_max(peer: &Peer) -> Duration {
+    match peer {
+        Peer::Remote { certificate: None, .. } => ANONYMOUS_CONNECTION_AGE_MAX,
+        Peer::Remote { certificate: Some(_), .. } | Peer::Local => CONNECTION_AGE_MAX,
     }
 }
 
@@ -362,6 +372,14 @@ mod tests {
         drop(slots);
         assert!(connections.take_slot(Some(source)).is_some());
         assert!(connections.lock().by_source.is_empty());
+    }
+
+    #[test]
+    fn a_connection_without_a_certificate_is_short_lived() {
+        let remote = |certificate| Peer::Remote { address: [192, 0, 2, 1].into(), certificate };
+        assert_eq!(age_max(&remote(None)), Duration::from_secs(60));
+        assert_eq!(age_max(&remote(Some(Serial([0x41; 16])))), CONNECTION_AGE_MAX);
+        assert_eq!(age_max(&Peer::Local), CONNECTION_AGE_MAX);
     }
 
     #[test]
