@@ -188,7 +188,7 @@ fn sortable(seconds: i64) -> [u8; 8] {
 }
 
 fn closed() -> Problem {
-    Problem::overloaded("requests while shutting down")
+    Problem::stopping()
 }
 
 fn failed(error: IndexError) -> Problem {

@@ -88,10 +88,7 @@ impl Issuing {
         &self,
         work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, Problem> {
-        let permit = Arc::clone(&self.permits)
-            .acquire_owned()
-            .await
-            .map_err(|_| Problem::overloaded("requests while shutting down"))?;
+        let permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| Problem::stopping())?;
         tokio::task::spawn_blocking(move || {
             let _permit = permit;
             work()

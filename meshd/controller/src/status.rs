@@ -97,6 +97,20 @@ impl Problem {
         Self::new(ErrorCode::Overloaded, format!("too many {what}"), "try again in a moment")
     }
 
+    /// A stream ends although nothing is wrong with it: the controller stops, or the connection is old.
+    pub(crate) fn closing() -> Self {
+        Self::new(
+            ErrorCode::ControllerUnreachable,
+            "the controller closes this connection",
+            "nothing: the node reconnects by itself",
+        )
+    }
+
+    /// A request came too late: the controller ends.
+    pub(crate) fn stopping() -> Self {
+        Self::new(ErrorCode::ControllerUnreachable, "the controller is stopping", "try again when it is back")
+    }
+
     pub(crate) fn node_not_found(name: &str) -> Self {
         Self::new(
             ErrorCode::NodeNotFound,
@@ -296,7 +310,7 @@ pub(crate) fn cut(mut text: String, max: usize) -> String {
     text
 }
 
-/// `meshctl`'s exit code for an error.
+/// `meshctl`'s exit code for an error. `meshctl` has the same numbers for what it finds by itself.
 fn exit_of(code: ErrorCode) -> i32 {
     use ErrorCode as C;
     match code {
@@ -328,7 +342,7 @@ fn exit_of(code: ErrorCode) -> i32 {
         | C::NameReserved
         | C::KeyRevoked
         | C::NodeRevoked => 4,
-        C::TimedOut | C::Overloaded => 5,
+        C::ControllerUnreachable | C::TimedOut | C::Overloaded => 5,
         C::TokenNotFound | C::CertificateNotFound | C::NodeNotFound | C::OperatorNotFound => 6,
         C::NameTaken
         | C::KeyInUse

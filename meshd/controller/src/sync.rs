@@ -204,11 +204,11 @@ impl Stream {
                 },
                 changed = head.changed(), if !due => {
                     due = true;
-                    changed.map_err(|_| Problem::overloaded("requests while shutting down"))?;
+                    changed.map_err(|_| Problem::closing())?;
                 }
                 changed = hints.changed(), if !due => {
                     due = true;
-                    changed.map_err(|_| Problem::overloaded("requests while shutting down"))?;
+                    changed.map_err(|_| Problem::closing())?;
                 }
                 // A slow reader holds up only itself: when it is ready again, one message with the sum
                 // of what it missed is made then.
@@ -310,7 +310,7 @@ impl Stream {
     fn reason_to_close(&self) -> Problem {
         let active = self.hub.views.directory.read(|world| world.view_for(self.node).is_some());
         match active {
-            true => Problem::overloaded("connections: this one has to be opened again"),
+            true => Problem::closing(),
             false => Problem::identity_revoked(),
         }
     }

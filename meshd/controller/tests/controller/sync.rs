@@ -15,6 +15,16 @@ fn ids(peers: &[pb::Peer]) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_controller_that_stops_blames_nobody() {
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let alpha = running.enroll("alpha").await;
+    let (stream, _) = SyncStream::of(&running, &alpha).await;
+    running.stop().await.unwrap();
+    assert_eq!(stream.end().await, Some(ErrorCode::ControllerUnreachable));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_node_reaches_its_peers_as_a_delta_and_a_removed_one_leaves_by_one() {
     let mesh = Mesh::init();
     let running = mesh.start().await;
