@@ -302,20 +302,66 @@ pub(crate) fn code_name(code: ErrorCode) -> String {
     format!("E{:04}", code as i32)
 }
 
-/// The exit code that goes with an error unless the daemon says another.
+/// The exit code that goes with an error unless the daemon says another. Daemons have the same numbers.
 pub(crate) fn usual_exit(code: ErrorCode) -> Exit {
-    match code as i32 {
-        901 | 903 => Exit::Unreachable,
-        902 => Exit::Usage,
-        201..=203 | 205 => Exit::Unreachable,
-        204 | 301..=399 => Exit::Denied,
-        406 | 520 | 601 | 801 => Exit::NotFound,
-        410 | 502 | 516 | 521 | 522 | 525 | 602 | 603 | 802 | 803 => Exit::Conflict,
-        401..=499 => Exit::Denied,
-        503..=506 => Exit::Denied,
-        501 | 510..=515 | 605 | 701 => Exit::Usage,
-        517 => Exit::Denied,
-        610 => Exit::Findings,
+    use ErrorCode as C;
+    match code {
+        C::ConfigInvalid
+        | C::PassphraseMissing
+        | C::Usage
+        | C::NameInvalid
+        | C::NameWildcard
+        | C::CsrInvalid
+        | C::CsrSignature
+        | C::KeyWeak
+        | C::CsrForeignName
+        | C::CsrNotALeaf
+        | C::TooLarge
+        | C::TagInvalid
+        | C::PolicyInvalid => Exit::Usage,
+        C::NotAllReached => Exit::Findings,
+        C::PassphraseWrong
+        | C::ControllerNotTrusted
+        | C::Denied
+        | C::IdentityExpired
+        | C::IdentityRevoked
+        | C::IdentityUnknown
+        | C::NotEnrolled
+        | C::TokenInvalid
+        | C::TokenExpired
+        | C::TokenUsed
+        | C::TokenRevoked
+        | C::TokenNameMismatch
+        | C::EnrollmentRefused
+        | C::RootMismatch
+        | C::ResumeWindowPassed
+        | C::NameReserved
+        | C::NameOutsideDomain
+        | C::NameNotGranted
+        | C::KeyRevoked
+        | C::NodeRevoked => Exit::Denied,
+        C::ControllerUnreachable
+        | C::DaemonUnreachable
+        | C::TimedOut
+        | C::PeerUnreachable
+        | C::Overloaded => Exit::Unreachable,
+        C::StateNotFound
+        | C::TokenNotFound
+        | C::CertificateNotFound
+        | C::NodeNotFound
+        | C::OperatorNotFound => Exit::NotFound,
+        C::StateInUse
+        | C::StateExists
+        | C::PortInUse
+        | C::AlreadyEnrolled
+        | C::NameTaken
+        | C::KeyInUse
+        | C::NodeIdentity
+        | C::DirectoryNotOurs
+        | C::NameStopped
+        | C::NodePending
+        | C::OperatorExists
+        | C::LastAdmin => Exit::Conflict,
         _ => Exit::Failed,
     }
 }
@@ -370,6 +416,22 @@ mod tests {
             let failure = Failure::from_status(&tonic::Status::new(code, "x"), "the controller");
             assert_eq!((failure.code, failure.exit), (error, exit), "{code:?}");
             assert!(!failure.next.is_empty(), "{code:?}");
+        }
+    }
+
+    /// What `meshctl explain` shows is what the daemons really answer.
+    #[test]
+    fn the_usual_exits_are_those_of_the_daemons() {
+        let table = [
+            (ErrorCode::ClockJump, Exit::Failed),
+            (ErrorCode::ApprovalPending, Exit::Failed),
+            (ErrorCode::NameWildcard, Exit::Usage),
+            (ErrorCode::NodeRevoked, Exit::Denied),
+            (ErrorCode::NameReserved, Exit::Denied),
+            (ErrorCode::NodePending, Exit::Conflict),
+        ];
+        for (code, exit) in table {
+            assert_eq!(usual_exit(code), exit, "{code:?}");
         }
     }
 
