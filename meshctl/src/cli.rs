@@ -30,7 +30,8 @@ pub(crate) struct Cli {
 impl Cli {
     /// Reads the process's command line.
     pub(crate) fn read() -> Result<Self, clap::Error> {
-        let matches = with_exit_codes(Self::command()).try_get_matches()?;
+        let matches = with_exit_codes(Self::command())
+            .try_get_matches_from(node::options_first(std::env::args_os().collect()))?;
         Self::from_arg_matches(&matches)
     }
 }

@@ -1,6 +1,6 @@
 //! `meshctl node`: the enrolled machines.
 
-use std::time::Duration;
+use std::{ffi::OsString, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mesh_proto::v1::{self as pb, nodes_client::NodesClient};
@@ -44,7 +44,7 @@ pub(crate) struct Name {
 pub(crate) struct Tag {
     /// The node's name
     name: String,
-    /// +TAG adds, -TAG removes; options go before the name
+    /// +TAG adds, -TAG removes; a tag h, o, q, v or y is removed after --
     #[arg(required = true, allow_hyphen_values = true, trailing_var_arg = true, value_name = "+TAG|-TAG")]
     changes: Vec<String>,
 }
@@ -288,26 +288,50 @@ impl Tag {
     }
 }
 
-/// Global options that look like the removal of a tag.
-const OPTIONS: [&str; 5] = ["-h", "-o", "-q", "-v", "-y"];
+/// Options in the short form, which would otherwise be tags to remove.
+const SHORT_OPTIONS: [&str; 5] = ["-h", "-o", "-q", "-v", "-y"];
+/// Options that take the next word.
+const WITH_VALUE: [&str; 6] = ["-o", "--output", "--timeout", "--color", "--controller", "--socket"];
+
+/// Moves options of `node tag` in front of its name and tags, so that they may stand behind them as with
+/// every other command: a `-x` among tags cannot be told from an option otherwise.
+pub(crate) fn options_first(line: Vec<OsString>) -> Vec<OsString> {
+    let Some(at) = line.windows(2).position(|pair| pair[0] == "node" && pair[1] == "tag") else {
+        return line;
+    };
+    let mut options = line;
+    let mut words = options.split_off(at + 2).into_iter();
+    let mut plain = Vec::new();
+    while let Some(word) = words.next() {
+        if word == "--" {
+            plain.extend(words);
+            break;
+        }
+        let text = word.to_str().unwrap_or_default();
+        let takes_next = WITH_VALUE.contains(&text);
+        if text.starts_with("--") || SHORT_OPTIONS.contains(&text) {
+            options.push(word);
+            options.extend(takes_next.then(|| words.next()).flatten());
+        } else {
+            plain.push(word);
+        }
+    }
+    options.push("--".into());
+    options.extend(plain);
+    options
+}
 
 /// `+a -b` into what is added and what is removed.
 fn split(changes: &[String]) -> Result<(Vec<String>, Vec<String>)> {
     let (mut add, mut remove) = (Vec::new(), Vec::new());
     for change in changes {
-        if OPTIONS.contains(&change.as_str()) {
-            return Err(Failure::usage(
-                format!("{change} could be an option or a tag to remove"),
-                "put options before `node tag`, as in `meshctl -o json node tag web-1 +web`",
-            ));
-        }
         match (change.strip_prefix('+'), change.strip_prefix('-')) {
             (Some(tag), _) if !tag.is_empty() => add.push(tag.to_owned()),
             (_, Some(tag)) if !tag.is_empty() && !tag.starts_with('-') => remove.push(tag.to_owned()),
             _ => {
                 return Err(Failure::usage(
                     format!("{change} neither adds nor removes a tag"),
-                    "write +TAG or -TAG, and options before `node tag`, as in `meshctl -o json node tag web-1 +web`",
+                    "write +TAG or -TAG, as in `meshctl node tag web-1 +web -db`",
                 ));
             }
         }
@@ -460,8 +484,30 @@ mod tests {
             changes(&["+web", "-db", "+x"]).unwrap(),
             (vec!["web".into(), "x".into()], vec!["db".into()])
         );
-        for bad in ["web", "+", "-", "--quiet", "-q", "-o"] {
+        for bad in ["web", "+", "-", "--quiet"] {
             assert_eq!(changes(&[bad]).unwrap_err().exit, Exit::Usage, "{bad}");
+        }
+    }
+
+    #[test]
+    fn options_may_follow_the_tags() {
+        let moved = |line: &str| {
+            let words = options_first(line.split(' ').map(OsString::from).collect());
+            words.iter().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        let table = [
+            ("meshctl node tag web-1 +a -b -o json", "meshctl node tag -o json -- web-1 +a -b"),
+            ("meshctl node tag web-1 -q +a -y -v", "meshctl node tag -q -y -v -- web-1 +a"),
+            (
+                "meshctl node tag --timeout 5s web-1 +a --color=never",
+                "meshctl node tag --timeout 5s --color=never -- web-1 +a",
+            ),
+            ("meshctl node tag web-1 +a -- -q --x", "meshctl node tag -- web-1 +a -q --x"),
+            ("meshctl node tag web-1 -db -o", "meshctl node tag -o -- web-1 -db"),
+            ("meshctl node show tag -o json", "meshctl node show tag -o json"),
+        ];
+        for (line, expected) in table {
+            assert_eq!(moved(line), expected);
         }
     }
 

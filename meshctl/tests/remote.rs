@@ -230,6 +230,12 @@ fn tags_are_added_and_removed_by_their_sign() {
     let served = Served::start();
     let (exit, stdout, _) = served.meshctl(&["node", "tag", "web-1", "+web", "-db"]);
     assert_eq!((exit, stdout.as_str()), (0, "add [\"web\"] remove [\"db\"]\n"));
+    let (exit, stdout, stderr) = served.meshctl(&["node", "tag", "web-1", "+web", "-db", "-o", "json"]);
+    assert_eq!(exit, 0, "{stderr}");
+    let document: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(document["detail"], "add [\"web\"] remove [\"db\"]");
+    let (exit, stdout, _) = served.meshctl(&["node", "tag", "web-1", "+web", "-q", "--", "-q"]);
+    assert_eq!((exit, stdout.as_str()), (0, ""));
 }
 
 #[test]
