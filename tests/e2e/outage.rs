@@ -17,16 +17,7 @@ fn the_mesh_lives_without_its_controller() {
 
         fleet.start_controller();
         fleet.until("alpha found its controller again", |fleet| {
-            fleet
-                .meshctl("alpha", &["status", "-o", "json"])
-                .json()
-                .to_string()
-                .contains("\"controllerConnected\":true")
-                || fleet
-                    .meshctl("alpha", &["status", "-o", "json"])
-                    .json()
-                    .to_string()
-                    .contains("\"controller_connected\":true")
+            fleet.meshctl("alpha", &["status", "-o", "json"]).json()["controllerConnected"] == true
         });
     });
 }

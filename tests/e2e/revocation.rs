@@ -33,5 +33,14 @@ fn a_revoked_node_is_cut_off_by_every_peer_and_the_controller() {
             fleet.meshctl("charlie", &["status"]).stdout.contains("revoked")
         });
         assert!(!fleet.pings("charlie", alpha));
+        fleet.add_host("thief");
+        fleet.start_node("thief");
+        let token = fleet.token(&[]);
+        let refused = fleet.meshctl("thief", &["enroll", &token, "--name", "charlie"]);
+        assert!(refused.code == 4 || refused.code == 7, "{refused}");
+        // An operator may give the name away again, by a token that says so.
+        fleet.controller(&["node", "rm", "charlie", "--yes"]).ok();
+        let token = fleet.token(&["--name", "charlie"]);
+        fleet.meshctl("thief", &["enroll", &token, "--name", "charlie"]).ok();
     });
 }

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 /// If it was not built: `tests/run` builds the programs before the suites.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a running test has a binary");
-    let profile = test.ancestors().nth(2).expect("cargo keeps tests in target/PROFILE/deps");
+    // Tests lie in target/PROFILE/deps, the benchmark in target/PROFILE.
+    let folder = test.parent().expect("a program lies in a folder");
+    let profile =
+        if folder.ends_with("deps") { folder.parent().expect("target/PROFILE/deps") } else { folder };
     let path = profile.join(name);
     assert!(
         path.exists(),

@@ -211,8 +211,7 @@ impl Fleet {
     pub fn addresses(&self, name: &str) -> (IpAddr, IpAddr) {
         let node = self.controller(&["node", "show", name, "-o", "json"]).ok().json();
         let address = |key: &str| {
-            let text = node.pointer(&format!("/{key}")).or_else(|| node.pointer(&format!("/item/{key}")));
-            let text = text.and_then(|value| value.as_str()).unwrap_or_else(|| panic!("no {key} in {node}"));
+            let text = node[key].as_str().unwrap_or_else(|| panic!("no {key} in {node}"));
             text.parse().unwrap_or_else(|_| panic!("{text} is an address"))
         };
         (address("ipv4"), address("ipv6"))
