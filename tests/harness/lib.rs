@@ -18,4 +18,4 @@ pub use mesh_lab::wait_until;
 use std::time::Duration;
 
 /// How long a state may take to come about on two busy cores before a test calls it missing.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
