@@ -26,6 +26,31 @@ impl Failure {
         }
     }
 
+    /// E0902: a command line that cannot be read.
+    pub(crate) fn usage(error: &clap::Error) -> Self {
+        let text = error.render().to_string();
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let first = lines.next().unwrap_or_default();
+        // Without a subcommand clap shows the whole help instead of saying what is missing.
+        let (what, facts) = match error.kind() {
+            clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                ("a subcommand is missing".to_owned(), Vec::new())
+            }
+            _ => {
+                let facts = lines.filter(|line| !line.starts_with("For more information"));
+                (first.trim_start_matches("error: ").to_owned(), facts.map(str::to_owned).collect())
+            }
+        };
+        Self {
+            code: 902,
+            what,
+            facts,
+            why: String::new(),
+            next: "correct it; `meshd --help` and `meshd ROLE COMMAND --help` show the forms".to_owned(),
+            exit: 2,
+        }
+    }
+
     /// E0114: no passphrase, and nobody to ask for one.
     pub(crate) fn passphrase(what: impl Into<String>, next: impl Into<String>) -> Self {
         Self {
