@@ -103,7 +103,7 @@ pub(crate) struct ControllerInit {
     /// How the CA's keys are unlocked at each start.
     #[arg(long, value_enum)]
     pub(crate) unlock: Option<Unlock>,
-    /// File whose first line is the passphrase.
+    /// File whose first line is the passphrase; `-` for stdin.
     #[arg(long, value_name = "F", env = "MESH_PASSPHRASE_FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
 }
@@ -130,7 +130,7 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "HOST:PORT", global = true)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     advertise: Vec<String>,
-    /// File whose first line is the passphrase.
+    /// File whose first line is the passphrase; `-` for stdin.
     #[arg(long, value_name = "F", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     passphrase_file: Option<String>,
