@@ -78,6 +78,11 @@ impl Findings {
         gone.iter().for_each(|key| self.clear(key));
     }
 
+    /// Whether the finding called `key` stands.
+    pub(crate) fn stands(&self, key: &str) -> bool {
+        self.lock().contains_key(key)
+    }
+
     pub(crate) fn list(&self) -> Vec<pb::Finding> {
         self.lock().values().cloned().collect()
     }

@@ -12,12 +12,14 @@ use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
-use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
-use tokio::io::AsyncWriteExt as _;
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::failure::Failure;
-use crate::limits::PROGRAM_TIMEOUT;
+use crate::firewall::TABLE;
+use crate::limits::{PROGRAM_TIMEOUT, TABLE_BYTES_MAX};
 
 /// Metric that every other route wins against.
 const WORST_METRIC: u32 = u32::MAX;
@@ -81,13 +83,22 @@ pub(crate) enum HostError {
         #[source]
         source: std::io::Error,
     },
+    #[error("nft printed more than {TABLE_BYTES_MAX} bytes")]
+    NftLong,
     #[error("nft did not end within {} s", PROGRAM_TIMEOUT.as_secs())]
     NftTimeout,
 }
 
 impl HostError {
     pub(crate) fn is_firewall(&self) -> bool {
-        matches!(self, Self::NftMissing | Self::NftRefused { .. } | Self::NftRun { .. } | Self::NftTimeout)
+        matches!(
+            self,
+            Self::NftMissing
+                | Self::NftRefused { .. }
+                | Self::NftRun { .. }
+                | Self::NftLong
+                | Self::NftTimeout
+        )
     }
 }
 
@@ -123,6 +134,11 @@ impl std::fmt::Debug for Host {
         f.debug_struct("Host").field("nft", &self.nft).finish_non_exhaustive()
     }
 }
+
+/// Table `inet meshd` as it stands in the kernel: everything in it, and the handles that the kernel gave
+/// when it was made. Two that are equal are the same table, unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TableMark([u8; 32]);
 
 /// An interface address as the kernel lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -196,6 +212,68 @@ impl Host {
             }
         }
         Ok(found)
+    }
+
+    /// Whether the kernel has a route for exactly `prefix`: into `interface`, or with `None` an unreachable one.
+    pub(crate) async fn has_route(&self, prefix: IpNet, interface: Option<&str>) -> Result<bool, HostError> {
+        let index = match interface {
+            Some(interface) => Some(self.index(interface).await?),
+            None => None,
+        };
+        let question = match prefix {
+            IpNet::V4(_) => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            IpNet::V6(_) => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        };
+        let failed = |source| HostError::Netlink { action: "list routes".into(), source };
+        let mut stream = self.netlink.route().get(question).execute();
+        let mut found = false;
+        // Read to its end: what is left of an answer would be taken for a part of the next.
+        while let Some(route) = stream.try_next().await.map_err(failed)? {
+            found |= leads(&route, prefix, index);
+        }
+        Ok(found)
+    }
+
+    /// What stands in the kernel as our table; `None` if it is not there.
+    pub(crate) async fn table_mark(&self) -> Result<Option<TableMark>, HostError> {
+        let nft = self.nft.as_ref().ok_or(HostError::NftMissing)?;
+        let run = async {
+            let mut child = tokio::process::Command::new(nft)
+                .args(["-j", "list", "table"])
+                .args(TABLE.split(' '))
+                // The answer to a table that is not there is known by its words.
+                .env("LC_ALL", "C")
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .kill_on_drop(true)
+                .spawn()?;
+            let stdout = child.stdout.take().expect("stdout is piped above");
+            let stderr = child.stderr.take().expect("stderr is piped above");
+            let (mut text, mut said) = (Vec::new(), Vec::new());
+            let (mut stdout, mut stderr) = (stdout.take(TABLE_BYTES_MAX + 1), stderr.take(4096));
+            tokio::try_join!(stdout.read_to_end(&mut text), stderr.read_to_end(&mut said))?;
+            // One that still writes is ended here.
+            drop((stdout, stderr));
+            Ok((child.wait().await?, text, said))
+        };
+        let (status, text, said) = tokio::time::timeout(PROGRAM_TIMEOUT, run)
+            .await
+            .map_err(|_| HostError::NftTimeout)?
+            .map_err(|source| HostError::NftRun { source })?;
+        if text.len() as u64 > TABLE_BYTES_MAX {
+            return Err(HostError::NftLong);
+        }
+        if status.success() {
+            return Ok(Some(TableMark(Sha256::digest(&text).into())));
+        }
+        let said = String::from_utf8_lossy(&said);
+        match said.contains("No such file or directory") {
+            true => Ok(None),
+            false => {
+                Err(HostError::NftRefused { output: said.lines().take(4).collect::<Vec<_>>().join(" | ") })
+            }
+        }
     }
 
     async fn index(&self, interface: &str) -> Result<u32, HostError> {
@@ -276,6 +354,24 @@ impl Host {
         }
         Ok(())
     }
+}
+
+fn leads(route: &RouteMessage, prefix: IpNet, index: Option<u32>) -> bool {
+    let destination = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+        _ => None,
+    });
+    let out = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    let way = match index {
+        Some(index) => route.header.kind == RouteType::Unicast && out == Some(index),
+        None => route.header.kind == RouteType::Unreachable,
+    };
+    way && destination == Some(prefix.network())
+        && route.header.destination_prefix_length == prefix.prefix_len()
 }
 
 fn unreachable(prefix: IpNet) -> RouteMessage {

@@ -66,5 +66,7 @@ pub(crate) const APPROVAL_LONGEST: Duration = Duration::from_secs(5);
 /// First and longest wait after a failed renewal or a failed hook.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_secs(2);
 pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(300);
+/// What `nft` may print of our table, bytes: four sets with an address of every peer.
+pub(crate) const TABLE_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// A program we start: `nft`.
 pub(crate) const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);

@@ -181,3 +181,43 @@ pub(crate) fn place(identity: &Identity) -> Place {
         wireguard_keys: vec![key.public().0],
     }
 }
+
+/// Names the child that [`in_own_network`] started.
+const OWN_NETWORK: &str = "MESH_NODE_OWN_NETWORK";
+
+/// Runs `body` where it may change interfaces, routes and tables: the test called `name` runs again in a
+/// network namespace of its own. Left out, and said, where namespaces, `nft` or TUN devices are denied.
+pub(crate) fn in_own_network(name: &str, body: impl FnOnce()) {
+    if std::env::var_os(OWN_NETWORK).is_some() {
+        run("ip", &["link", "set", "lo", "up"]);
+        return body();
+    }
+    let unshare = || {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-Urn", "--"]).env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+        command
+    };
+    let able = "nft add table inet able && ip tuntap add able0 mode tun && ip link set lo up";
+    match unshare().args(["sh", "-c", able]).output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => return eprintln!("left out: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => return eprintln!("left out: {error}"),
+    }
+    let output = unshare()
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(OWN_NETWORK, "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}\n{complained}");
+}
+
+/// Runs a program that must succeed; its output.
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(arguments).output().unwrap();
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {complained}");
+    String::from_utf8(output.stdout).unwrap()
+}

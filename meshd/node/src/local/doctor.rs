@@ -3,7 +3,7 @@
 use mesh_proto::v1 as pb;
 
 use crate::failure::Failure;
-use crate::network::NetworkStatus;
+use crate::network::{Inspection, NetworkStatus};
 use crate::run::Node;
 
 /// Collects what passed and what did not.
@@ -55,11 +55,14 @@ pub(super) async fn doctor(node: &Node) -> Result<pb::DoctorReport, Failure> {
         ("warn", what, "check that the controller runs and its port is open from here")
     });
     report.check("controller", offline);
-    network(&mut report, &session.network.status().await?);
+    network(&mut report, &session.network.status().await?, &session.network.inspect().await?);
     Ok(finish(report, node))
 }
 
-fn network(report: &mut Report, network: &NetworkStatus) {
+fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
+    let touched = host.firewall.clone().map(|what| {
+        ("bad", what, "it is put back within seconds; find out who did it, e.g. `nft flush ruleset`")
+    });
     let firewall = (!network.firewall_ready).then(|| {
         (
             "bad",
@@ -67,7 +70,12 @@ fn network(report: &mut Report, network: &NetworkStatus) {
             "install the package nftables",
         )
     });
-    report.check("firewall", firewall);
+    report.check("firewall", firewall.or(touched));
+    let overlay = (!host.overlay.is_empty()).then(|| {
+        let next = "they are put back within seconds once the interface is up: `ip link set dev IFACE up`";
+        ("bad", host.overlay.join("; "), next)
+    });
+    report.check("overlay addresses and routes", overlay);
     let crl = (network.crl_number == 0)
         .then(|| ("bad", "there is no CRL yet".to_owned(), "let the node reach its controller once"));
     report.check("revocation list", crl);

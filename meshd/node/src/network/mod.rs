@@ -19,7 +19,7 @@ use crate::identity::Active;
 use crate::limits::COMMAND_QUEUE;
 use crate::roster::RosterError;
 
-pub(crate) use status::{NetworkStatus, PeerView};
+pub(crate) use status::{Inspection, NetworkStatus, PeerView};
 pub(crate) use worker::{Setup, Worker};
 
 /// What the other tasks ask of the network.
@@ -36,6 +36,7 @@ pub(crate) enum Command {
     Rekey(Arc<Active>),
     Knowledge(oneshot::Sender<Knowledge>),
     Status(oneshot::Sender<NetworkStatus>),
+    Inspect(oneshot::Sender<Inspection>),
     /// Ends the task; with `forget` also routes and table are taken away.
     Stop {
         forget: bool,
@@ -145,6 +146,11 @@ impl NetworkHandle {
 
     pub(crate) async fn status(&self) -> Result<NetworkStatus, Gone> {
         self.ask(Command::Status).await
+    }
+
+    /// Looks at the host itself, not at what is remembered of it.
+    pub(crate) async fn inspect(&self) -> Result<Inspection, Gone> {
+        self.ask(Command::Inspect).await
     }
 
     pub(crate) async fn stop(&self, forget: bool) {

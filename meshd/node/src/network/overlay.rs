@@ -1,5 +1,7 @@
 //! Bringing the overlay up: nothing in clear first, then interface, addresses, routes.
 
+use std::net::IpAddr;
+
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_proto::v1::ErrorCode;
 use mesh_tunnel::{Tunnel, TunnelConfig, TunnelError};
@@ -8,6 +10,9 @@ use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::hostop::{Host, HostError, HostOp};
 use crate::roster::Place;
+
+/// The finding that this host has no IPv6.
+const NO_IPV6: &str = "host/ipv6";
 
 /// Answers "unreachable" for the mesh's prefixes wherever no better route exists. Before the interface, so
 /// that at no moment a packet for the mesh takes the default route.
@@ -47,6 +52,34 @@ pub(super) async fn address(
         }
     }
     Ok(())
+}
+
+/// Addresses and routes that ought to be there and are not, one sentence each.
+pub(super) async fn missing(
+    host: &Host,
+    interface: &str,
+    place: &Place,
+    findings: &Findings,
+) -> Result<Vec<String>, HostError> {
+    let found = host.addresses().await?;
+    let has = |address| found.iter().any(|found| found.interface == interface && found.address == address);
+    let mut missing = Vec::new();
+    for (address, prefix) in [IpAddr::V4(place.ipv4), IpAddr::V6(place.ipv6)].into_iter().zip(prefixes(place))
+    {
+        if address.is_ipv6() && findings.stands(NO_IPV6) {
+            continue;
+        }
+        if !has(address) {
+            missing.push(format!("{interface} is down or lacks the address {address}"));
+        }
+        if !host.has_route(prefix, Some(interface)).await? {
+            missing.push(format!("there is no route for {prefix} into {interface}"));
+        }
+        if !host.has_route(prefix, None).await? {
+            missing.push(format!("there is no unreachable route for {prefix}"));
+        }
+    }
+    Ok(missing)
 }
 
 /// Opens the tunnel; it may wait for the kernel.
@@ -91,7 +124,7 @@ fn tolerate_ipv6(result: Result<(), HostError>, findings: &Findings) -> Result<b
         Ok(()) => Ok(true),
         Err(HostError::NoFamily { .. }) => {
             findings.raise(
-                "host/ipv6",
+                NO_IPV6,
                 Severity::Warn,
                 "this host",
                 "IPv6 is switched off, so the mesh's IPv6 addresses do not work here",

@@ -39,3 +39,10 @@ pub(crate) struct PeerView {
     pub(crate) inbound: bool,
     pub(crate) outbound: bool,
 }
+
+/// What the host was found to lack, one sentence each; nothing where all is well.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Inspection {
+    pub(crate) firewall: Option<String>,
+    pub(crate) overlay: Vec<String>,
+}

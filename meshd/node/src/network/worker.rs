@@ -1,6 +1,8 @@
 //! The network task: takes commands and tunnel events one after the other.
 
 mod reconcile;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -22,13 +24,15 @@ use super::endpoints::{candidates, own_endpoints};
 use super::lease::Leases;
 use super::overlay;
 use super::stored::{stored_endpoints, stored_roster};
-use super::{Belief, Command, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire};
+use super::{
+    Belief, Command, Inspection, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire,
+};
 use crate::clock::ControllerClock;
 use crate::failpoint::Failpoint;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::firewall::Firewall;
-use crate::hostop::{Host, HostOp};
+use crate::hostop::{Host, HostOp, TableMark};
 use crate::identity::Active;
 use crate::join::wireguard_key;
 use crate::limits::PEERS_PER_MAP_MAX;
@@ -76,6 +80,10 @@ pub(crate) struct Worker {
     ids: BTreeMap<[u8; 32], u32>,
     /// The table as it was last applied.
     firewall: Option<Firewall>,
+    /// What the kernel then had.
+    mark: Option<TableMark>,
+    /// How long the finding stands that somebody touched the table.
+    touched_until: Option<Instant>,
     /// Endpoints told of nodes, by id, as they came.
     told: BTreeMap<u32, Vec<pb::Endpoint>>,
     told_changed: bool,
@@ -114,7 +122,7 @@ impl Worker {
             fwmark: None,
         };
         // The table comes before the interface it speaks of: there is no moment without it.
-        let firewall = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
+        let (firewall, mark) = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
         let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config).await?.into();
         overlay::address(&host, tunnel.name(), &place, &findings).await?;
         let events = forward_events(tunnel.as_ref());
@@ -139,6 +147,8 @@ impl Worker {
             current: BTreeMap::new(),
             ids: BTreeMap::new(),
             firewall,
+            mark,
+            touched_until: None,
             told,
             told_changed: false,
             next_lease: None,
@@ -210,6 +220,9 @@ impl Worker {
             }
             Command::Status(reply) => {
                 let _ = reply.send(self.status());
+            }
+            Command::Inspect(reply) => {
+                let _ = reply.send(self.inspect().await);
             }
             Command::Stop { .. } => unreachable!("handled by the loop"),
         }
@@ -390,6 +403,8 @@ impl Worker {
     }
 
     async fn tick(&mut self) {
+        self.look_at_firewall().await;
+        self.restore_overlay().await;
         self.refresh_endpoints().await;
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
@@ -455,6 +470,13 @@ impl Worker {
             firewall_ready: self.firewall.is_some(),
             tags: self.roster.own().tags.clone(),
         }
+    }
+
+    async fn inspect(&self) -> Inspection {
+        let firewall =
+            self.firewall_problem().await.unwrap_or_else(|error| Some(mesh_runtime::chain(&error)));
+        let overlay = overlay::missing(&self.host, self.tunnel.name(), &self.place, &self.findings).await;
+        Inspection { firewall, overlay: overlay.unwrap_or_else(|error| vec![mesh_runtime::chain(&error)]) }
     }
 
     /// Where a peer may be, the endpoint in use first.

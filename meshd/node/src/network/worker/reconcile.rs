@@ -13,10 +13,14 @@ use crate::failpoint::Failpoint;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::firewall::Firewall;
-use crate::hostop::{Host, HostOp};
+use crate::hostop::{Host, HostError, HostOp, TableMark};
 use crate::network::endpoints::candidates;
 use crate::network::overlay;
 use crate::roster::Peer;
+
+/// The finding that somebody touched the table, and how long it stands.
+const TOUCHED: &str = "firewall/touched";
+const TOUCHED_SHOWN: Duration = Duration::from_secs(300);
 
 impl Worker {
     /// Makes tunnel and firewall what the roster says now. First everybody who must go goes; then the
@@ -26,13 +30,74 @@ impl Worker {
         self.cut_off(&wanted);
         let firewall = self.firewall_for(&wanted);
         if self.firewall.as_ref() != Some(&firewall) {
-            self.firewall = apply_firewall(&self.host, firewall, &self.findings).await;
+            (self.firewall, self.mark) = apply_firewall(&self.host, firewall, &self.findings).await;
         }
         if self.firewall.is_none() {
             // Fail closed: without the receiver's rules nobody is let in.
             self.cut_off(&BTreeMap::new());
         } else {
             self.let_in(wanted);
+        }
+    }
+
+    /// Compares the kernel's table with the one that was applied. If another program took it away or
+    /// changed it, it is forgotten, so that [`reconcile`](Self::reconcile) puts it back.
+    pub(super) async fn look_at_firewall(&mut self) {
+        let now = self.clock.own().now();
+        if self.touched_until.is_some_and(|until| now >= until) {
+            self.touched_until = None;
+            self.findings.clear(TOUCHED);
+        }
+        match self.firewall_problem().await {
+            Ok(None) => self.findings.clear("firewall/look"),
+            Ok(Some(what)) => {
+                self.findings.clear("firewall/look");
+                let next = "find out who did: `nft flush ruleset` and a restart of nftables.service take every table";
+                let what = format!("{what}; it was put back");
+                self.findings.raise(TOUCHED, Severity::Warn, "this host's firewall", what, next);
+                self.touched_until = Some(now + TOUCHED_SHOWN);
+                (self.firewall, self.mark) = (None, None);
+            }
+            // What cannot be seen is not taken for lost: peers would go because `nft` is slow.
+            Err(error) => {
+                let failure = Failure::from(error);
+                self.findings.raise(
+                    "firewall/look",
+                    Severity::Warn,
+                    "this host's firewall",
+                    format!("{}: it cannot be looked at: {}", failure.number(), failure.why),
+                    failure.next,
+                );
+            }
+        }
+    }
+
+    /// What is wrong with the kernel's table; nothing if none was applied, which is a finding of its own.
+    pub(super) async fn firewall_problem(&self) -> Result<Option<String>, HostError> {
+        if self.firewall.is_none() {
+            return Ok(None);
+        }
+        let found = self.host.table_mark().await?;
+        Ok(match found {
+            None => Some("table inet meshd was removed by another program".to_owned()),
+            found if found != self.mark => Some("table inet meshd was changed by another program".to_owned()),
+            _ => None,
+        })
+    }
+
+    /// Gives interface and prefixes back what they lost: an interface that was set down loses its routes
+    /// and its IPv6 address. What is there stays as it is.
+    pub(super) async fn restore_overlay(&self) {
+        let restored = async {
+            overlay::close_the_gaps(&self.host, &self.place, &self.findings).await?;
+            overlay::address(&self.host, self.tunnel.name(), &self.place, &self.findings).await
+        };
+        match restored.await {
+            Ok(()) => self.findings.clear("host/overlay"),
+            Err(failure) => {
+                let subject = format!("interface {}", self.tunnel.name());
+                self.findings.raise_failure("host/overlay", subject, &failure);
+            }
         }
     }
 
@@ -128,18 +193,27 @@ impl Worker {
     }
 }
 
-/// Applies the table; `None` and a finding if that is not possible.
-pub(super) async fn apply_firewall(host: &Host, firewall: Firewall, findings: &Findings) -> Option<Firewall> {
+/// Applies the table; `None` and a finding if that is not possible. The mark is what the kernel then has;
+/// without one the table counts as changed at the next look.
+pub(super) async fn apply_firewall(
+    host: &Host,
+    firewall: Firewall,
+    findings: &Findings,
+) -> (Option<Firewall>, Option<TableMark>) {
     match host.apply(HostOp::ApplyNft { text: firewall.ruleset() }).await {
         Ok(()) => {
             findings.clear("firewall");
-            Some(firewall)
+            let mark = host.table_mark().await.unwrap_or_else(|error| {
+                tracing::warn!(error = mesh_runtime::chain(&error), "firewall table cannot be looked at");
+                None
+            });
+            (Some(firewall), mark)
         }
         Err(error) => {
             let failure = Failure::from(error);
             let what = format!("{}: no peer is let in: {}", failure.number(), failure.why);
             findings.raise("firewall", Severity::Bad, "this host's firewall", what, failure.next);
-            None
+            (None, None)
         }
     }
 }

@@ -1,0 +1,139 @@
+//! What a host does to a node behind its back, and what a disk that fails does to its receipts.
+
+use mesh_runtime::ManualClock;
+
+use super::*;
+use crate::identity::Identities;
+use crate::testing::{TestMesh, full, in_own_network, record, run};
+
+const INTERFACE: &str = "mesh0";
+
+/// A worker on a real interface, with one peer in its map.
+struct Fixture {
+    folder: tempfile::TempDir,
+    mesh: TestMesh,
+    time: Arc<ManualClock>,
+    handle: NetworkHandle,
+    worker: Worker,
+}
+
+impl Fixture {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mesh = TestMesh::new(time::UtcDateTime::now());
+        let identity = mesh.node(1, "alpha");
+        let state = StateDir::open(&folder.path().join("state")).unwrap();
+        state.save_identity(&identity).unwrap();
+        let time = Arc::new(ManualClock::new(mesh.now));
+        let clock = ControllerClock::new(time.clone(), 0);
+        let findings = Findings::default();
+        let identities = Identities::load(&state, &clock, &findings).unwrap().unwrap();
+        let setup = Setup {
+            state,
+            clock,
+            findings,
+            interface: INTERFACE.into(),
+            mtu: 1280,
+            wg_port: 0,
+            endpoints: Vec::new(),
+            active: identities.active(),
+        };
+        let (handle, mut worker) = Worker::start(setup).await.unwrap();
+        worker.take_crls(&mesh.crls(1, &[])).await;
+        let peers = vec![record(&mesh.node(2, "bravo"))];
+        worker.apply(Update::Full(full(1, peers))).await.unwrap();
+        assert_eq!(worker.current.len(), 1, "{:?}", worker.findings.list());
+        Self { folder, mesh, time, handle, worker }
+    }
+
+    fn finding(&self, subject: &str) -> Option<String> {
+        let found = self.worker.findings.list().into_iter().find(|finding| finding.subject == subject);
+        found.map(|finding| finding.what)
+    }
+}
+
+fn block_on(body: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(body);
+}
+
+/// The table without its handles.
+fn table() -> String {
+    run("nft", &["list", "table", "inet", "meshd"])
+}
+
+#[test]
+fn a_table_that_was_flushed_or_changed_is_put_back() {
+    in_own_network("network::worker::tests::a_table_that_was_flushed_or_changed_is_put_back", || {
+        block_on(async {
+            let mut fixture = Fixture::new().await;
+            let before = table();
+            assert!(before.contains("100.64.0.2"), "{before}");
+            fixture.worker.tick().await;
+            assert_eq!(fixture.finding("this host's firewall"), None);
+            let changes: [&[&str]; 4] = [
+                &["flush", "ruleset"],
+                &["flush", "chain", "inet", "meshd", "overlay"],
+                &["add", "element", "inet", "meshd", "inbound4", "{ 100.64.0.77 }"],
+                &["insert", "rule", "inet", "meshd", "input", "accept"],
+            ];
+            for change in changes {
+                run("nft", change);
+                assert!(fixture.worker.inspect().await.firewall.is_some(), "nft {change:?} is seen");
+                fixture.worker.tick().await;
+                assert_eq!(table(), before, "after nft {change:?}");
+                assert_eq!(fixture.worker.inspect().await.firewall, None);
+                let said = fixture.finding("this host's firewall").expect("a finding is raised");
+                assert!(said.contains("inet meshd"), "{said}");
+            }
+            assert_eq!(fixture.worker.current.len(), 1, "the peer stays");
+            fixture.time.advance(Duration::from_secs(600));
+            fixture.worker.tick().await;
+            assert_eq!(fixture.finding("this host's firewall"), None);
+        });
+    });
+}
+
+#[test]
+fn addresses_and_routes_come_back() {
+    in_own_network("network::worker::tests::addresses_and_routes_come_back", || {
+        block_on(async {
+            let mut fixture = Fixture::new().await;
+            let look = || {
+                let address = run("ip", &["address", "show", "dev", INTERFACE, "scope", "global"]);
+                let address: Vec<&str> = address.lines().filter(|line| line.contains("inet")).collect();
+                let all = [address.join("\n"), run("ip", &["route"]), run("ip", &["-6", "route"])].join("\n");
+                let mut lines: Vec<String> = all
+                    .lines()
+                    .filter(|line| !line.contains("fe80::"))
+                    .map(|line| line.trim().to_owned())
+                    .collect();
+                lines.sort();
+                lines
+            };
+            let before = look();
+            for expected in
+                ["unreachable 100.64.0.0/10", "unreachable fd5e:1:2::/48", "inet6 fd5e:1:2::1/128"]
+            {
+                assert!(before.iter().any(|line| line.starts_with(expected)), "{expected}: {before:?}");
+            }
+            run("ip", &["link", "set", INTERFACE, "down"]);
+            run("ip", &["link", "set", INTERFACE, "up"]);
+            run("ip", &["route", "del", "unreachable", "100.64.0.0/10"]);
+            run("ip", &["-6", "route", "del", "unreachable", "fd5e:1:2::/48"]);
+            assert_ne!(look(), before);
+            let said = fixture.worker.inspect().await.overlay.join("; ");
+            for missing in ["no route for 100.64.0.0/10", "no route for fd5e:1:2::/48", "address fd5e:1:2::1"]
+            {
+                assert!(said.contains(missing), "{said}");
+            }
+            assert!(said.contains("no unreachable route for 100.64.0.0/10"), "{said}");
+            assert!(said.contains("no unreachable route for fd5e:1:2::/48"), "{said}");
+            fixture.worker.tick().await;
+            assert_eq!(look(), before);
+            assert_eq!(fixture.worker.inspect().await.overlay, Vec::<String>::new());
+            run("ip", &["address", "del", "100.64.0.1/32", "dev", INTERFACE]);
+            fixture.worker.tick().await;
+            assert_eq!(look(), before);
+        });
+    });
+}
