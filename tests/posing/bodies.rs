@@ -235,10 +235,10 @@ async fn renews_itself_alone(channel: &Channel, bravo: &Bravo, own_wireguard: [u
     }
 }
 
-/// What alpha says about endpoints goes out as alpha's, and what it acknowledges counts for alpha.
+/// What charlie says about endpoints is charlie's, and an acknowledgement from the future changes nothing for bravo.
 fn reports_about_itself_alone(fleet: &Fleet, bravo: &Bravo) {
-    let alpha = Credential::of_node(fleet, "charlie");
-    let (address, config) = (controller(fleet), client_config(fleet, Some(&alpha)));
+    let charlie = Credential::of_node(fleet, "charlie");
+    let (address, config) = (controller(fleet), client_config(fleet, Some(&charlie)));
     let claimed = "198.51.100.77:4242";
     let roster = on_host(fleet, "charlie", || async move {
         let channel = channel(address, config).await.unwrap();
@@ -248,7 +248,6 @@ fn reports_about_itself_alone(fleet: &Fleet, bravo: &Bravo) {
             .await
             .unwrap()
             .into_inner();
-        let _ = &mut answers;
         let hello = ask::Hello {
             endpoints: vec![pb::Endpoint { address: claimed.into(), source: 2 }],
             version: "test".into(),

@@ -6,7 +6,7 @@ use mesh_ca::{Csr, LeafKey, TrustAnchors, TrustDomain};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{ManualClock, SharedClock, ShutdownToken};
 use mesh_tests::{CONTROLLER, Fleet, fleet_test};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::CertificateDer;
 
 use crate::{
     credential::{Credential, DOMAIN, config_under},
@@ -225,7 +225,7 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
     let chain = [enrolled.leaf, enrolled.issuers[0].clone()];
     let node = Credential {
         chain: chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect(),
-        key: PrivateKeyDer::from(key.to_rustls_der()),
+        key: key.to_rustls_der(),
     };
 
     // An open connection and a new one: neither the age of the handshake nor its novelty matters.

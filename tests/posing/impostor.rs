@@ -16,7 +16,6 @@ use rustls::{ServerConfig, ServerConnection};
 use crate::{
     callers::log_in,
     credential::{Credential, DOMAIN},
-    rpc::on_host,
 };
 
 /// What came in at the controller's address while the thief stood there.
@@ -171,9 +170,8 @@ fn a_stolen_certificate_makes_no_controller() {
 fn the_local_socket_serves_root_alone() {
     fleet_test("impostor::the_local_socket_serves_root_alone", || {
         let fleet = Fleet::with_nodes(&["alpha"]);
-        if !nix::unistd::geteuid().is_root()
-            || !fleet.on("alpha", "setpriv", &["--version"]).stdout.contains("util")
-        {
+        // Without root there is no other user to be.
+        if !nix::unistd::geteuid().is_root() {
             return;
         }
         // Even with the file open to everybody, who speaks is asked of the kernel.
@@ -197,6 +195,5 @@ fn the_local_socket_serves_root_alone() {
             let as_root = fleet.on(host, "/usr/bin/python3", &["-c", &connect]).ok();
             assert_eq!(as_root.stdout.trim(), "9", "root is not served on {host}: {as_root}");
         }
-        on_host(&fleet, "alpha", || async {});
     });
 }

@@ -105,7 +105,8 @@ fn a_lost_or_damaged_index_is_made_again() {
         let truth = answers(&fleet);
         assert!(truth.len() > 10, "{truth:#?}");
         let state = fleet.state(CONTROLLER);
-        let damages: [(&str, &dyn Fn(&Path)); 4] = [
+        type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+        let damages: [Damage<'_>; 4] = [
             ("deleted", &|index| fs::remove_dir_all(index).unwrap()),
             ("noise", &|index| {
                 for file in files_below(index) {

@@ -94,7 +94,7 @@ fn list(status: &serde_json::Value, key: &str) -> Vec<serde_json::Value> {
     found.and_then(|value| value.as_array()).cloned().unwrap_or_default()
 }
 
-fn record<'a>(full: &'a mut pb::Full, id: u32) -> &'a mut pb::Peer {
+fn record(full: &mut pb::Full, id: u32) -> &mut pb::Peer {
     full.peers.iter_mut().find(|peer| peer.node_id == id).expect("the map has that peer")
 }
 
