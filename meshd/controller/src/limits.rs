@@ -84,6 +84,10 @@ pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const STREAM_QUEUE_MAX: usize = 2;
 /// Life of an endpoint that a node reported, unless it reports again or stays connected.
 pub(crate) const ENDPOINT_TTL: Duration = Duration::from_secs(10 * 60);
+/// Streams in a row that took the place of a live one, within [`TAKEOVER_WINDOW`] of each other, from which
+/// on one key is in two places: a node that comes back before its dead stream is noticed does so once.
+pub(crate) const TAKEOVERS_SUSPICIOUS: u32 = 2;
+pub(crate) const TAKEOVER_WINDOW: Duration = Duration::from_secs(10 * 60);
 /// Longest wait for receipts.
 pub(crate) const RECEIPTS_WAIT_MAX: Duration = Duration::from_secs(300);
 

@@ -11,7 +11,7 @@ use mesh_proto::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::limits::ENDPOINT_TTL;
+use crate::limits::{ENDPOINT_TTL, TAKEOVER_WINDOW, TAKEOVERS_SUSPICIOUS};
 
 /// What the controller knows about a node at this moment.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +29,11 @@ pub(crate) struct NodePresence {
     /// Rises whenever `endpoints` changes; drawn from one counter of all nodes.
     pub(crate) endpoints_version: u64,
     endpoints_at: Option<Instant>,
+    /// It came back with a cursor of a history that is not ours.
+    pub(crate) forked: bool,
+    /// Streams in a row that took the place of a live one, and when the last one did.
+    takeovers: u32,
+    taken_over_at: Option<Instant>,
     session: u64,
 }
 
@@ -72,6 +77,8 @@ pub(crate) struct Greeting {
     pub(crate) endpoints: Vec<pb::Endpoint>,
     /// The record of the map it came back with, which it has on disk and in effect; 0 without one.
     pub(crate) holds_seq: u64,
+    /// Its cursor names another history than ours.
+    pub(crate) forked: bool,
 }
 
 impl Presence {
@@ -91,7 +98,8 @@ impl Presence {
             let mut inner = self.lock();
             inner.next_session += 1;
             let number = inner.next_session;
-            if let Some(older) = inner.closers.insert(node, replaced.clone()) {
+            let older = inner.closers.insert(node, replaced.clone());
+            if let Some(older) = &older {
                 tracing::warn!(%node, "a second stream of one node: the older one ends");
                 older.cancel();
             }
@@ -102,6 +110,8 @@ impl Presence {
             entry.backend = greeting.backend;
             entry.clock_offset_secs = greeting.clock_offset_secs;
             entry.session = number;
+            entry.forked = greeting.forked;
+            entry.note_takeover(older.is_some().then_some(now));
             entry.acknowledged_seq = entry.acknowledged_seq.max(greeting.holds_seq);
             entry.note_crls(&greeting.crls);
             number
@@ -201,6 +211,20 @@ impl NodePresence {
         }
     }
 
+    /// Notes a new stream; `at` is set if it took the place of a live one.
+    fn note_takeover(&mut self, at: Option<Instant>) {
+        let recent =
+            |last: Instant| at.is_some_and(|at| at.saturating_duration_since(last) < TAKEOVER_WINDOW);
+        let before = if self.taken_over_at.is_some_and(recent) { self.takeovers } else { 0 };
+        self.takeovers = if at.is_some() { before.saturating_add(1) } else { 0 };
+        self.taken_over_at = at;
+    }
+
+    /// Whether two machines seem to use this node's key in turn.
+    pub(crate) fn is_doubled(&self) -> bool {
+        self.takeovers >= TAKEOVERS_SUSPICIOUS
+    }
+
     /// Whether the node has this CRL or a newer one.
     pub(crate) fn has_crl(&self, issuer: &[u8], shard: u32, number: u64) -> bool {
         self.crls.get(&(issuer.to_vec(), shard)).is_some_and(|have| *have >= number)
@@ -259,6 +283,8 @@ pub(crate) fn seen_endpoint(source: Option<IpAddr>, wireguard_port: u32) -> Opti
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn greeting() -> Greeting {
@@ -269,6 +295,7 @@ mod tests {
             crls: vec![],
             endpoints: vec![],
             holds_seq: 0,
+            forked: false,
         }
     }
 
@@ -288,6 +315,29 @@ mod tests {
         drop(second);
         assert!(!presence.of(NodeId(1)).connected);
         assert!(presence.of(NodeId(1)).last_seen.is_some());
+    }
+
+    #[test]
+    fn one_key_in_two_places_shows_until_a_clean_return() {
+        let presence = Presence::new();
+        let (start, at) = times();
+        let connect = |secs| presence.connect(NodeId(1), greeting(), (start + Duration::from_secs(secs), at));
+        let doubled = || presence.of(NodeId(1)).is_doubled();
+        let mut live = connect(0);
+        // A node that comes back before its dead stream was noticed, each time long after the last.
+        for hours in 1..4 {
+            live = connect(hours * 3600);
+            assert!(!doubled());
+        }
+        // The copy takes over, and the original takes over again.
+        for secs in [100, 130] {
+            live = connect(4 * 3600 + secs);
+        }
+        assert!(doubled());
+        drop(live);
+        assert!(doubled(), "the end of the stream is no all-clear");
+        let _clean = connect(5 * 3600);
+        assert!(!doubled());
     }
 
     #[test]

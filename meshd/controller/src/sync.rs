@@ -60,6 +60,15 @@ struct Told {
     seen_from_told: bool,
 }
 
+/// Whose history a node's cursor belongs to.
+enum Origin {
+    Ours(pb::Cursor),
+    /// Another journal or incarnation, or a record that is not kept.
+    Unknown,
+    /// It says it is ours, and is not.
+    Forked,
+}
+
 impl SyncHub {
     /// Takes up a node's stream. The stream ends with its connection's identity.
     pub(crate) fn open(
@@ -84,19 +93,24 @@ impl SyncHub {
     }
 
     /// Whether a node's cursor names a record that this journal has, so that a delta may start there.
-    async fn accept_cursor(&self, node: NodeId, cursor: pb::Cursor) -> Option<pb::Cursor> {
+    async fn judge_cursor(&self, node: NodeId, cursor: pb::Cursor) -> Origin {
         let own = cursor.journal_id == self.views.journal_id.as_slice()
             && cursor.incarnation == self.views.incarnation;
         if !own {
-            return None;
+            return Origin::Unknown;
         }
         let (archive, seq) = (self.archive.clone(), cursor.seq);
-        let hash8 = tokio::task::spawn_blocking(move || archive.hash8(seq)).await.ok()?.ok()??;
+        if seq > self.views.directory.read(|world| world.head_seq()) {
+            tracing::error!(%node, seq, "a node's cursor is ahead of our journal: the journal was forked");
+            return Origin::Forked;
+        }
+        let hash8 = tokio::task::spawn_blocking(move || archive.hash8(seq)).await;
+        let Ok(Ok(Some(hash8))) = hash8 else { return Origin::Unknown };
         if cursor.hash8 != hash8.as_slice() {
             tracing::error!(%node, seq, "a node's cursor names another record than ours: the journal was forked");
-            return None;
+            return Origin::Forked;
         }
-        Some(cursor)
+        Origin::Ours(cursor)
     }
 
     fn utc(&self) -> UtcTime {
@@ -109,15 +123,20 @@ impl Stream {
         let hello = self.hello().await?;
         let seen = seen_endpoint(self.connection.address(), hello.wireguard_port);
         let mut told = Told { seen_from: seen.clone(), ..Told::default() };
-        if let Some(cursor) = hello.cursor.clone()
-            && let Some(cursor) = self.hub.accept_cursor(self.node, cursor).await
-        {
-            told.since = Some(cursor.seq);
-            told.cursor = Some(cursor);
+        let mut forked = false;
+        if let Some(cursor) = hello.cursor.clone() {
+            match self.hub.judge_cursor(self.node, cursor).await {
+                Origin::Ours(cursor) => {
+                    told.since = Some(cursor.seq);
+                    told.cursor = Some(cursor);
+                }
+                Origin::Unknown => {}
+                Origin::Forked => forked = true,
+            }
         }
         let presence = Arc::clone(&self.hub.presence);
         let times = (self.hub.clock.now(), self.hub.utc());
-        let greeting = self.greeting(hello, seen, told.since.unwrap_or(0))?;
+        let greeting = self.greeting(hello, seen, (told.since.unwrap_or(0), forked))?;
         let session = presence.connect(self.node, greeting, times);
         tracing::info!(node = %self.node, resumed = told.since.is_some(), "sync stream opened");
         let ended = self.exchange(&session, &mut told).await;
@@ -139,7 +158,7 @@ impl Stream {
         &self,
         hello: pb::sync_request::Hello,
         seen: Option<pb::Endpoint>,
-        holds_seq: u64,
+        (holds_seq, forked): (u64, bool),
     ) -> Result<Greeting, Problem> {
         check_crls(&hello.crls)?;
         let clock_offset_secs = match hello.node_time {
@@ -154,6 +173,7 @@ impl Stream {
             backend: short_text(hello.backend, VERSION_BYTES_MAX),
             clock_offset_secs,
             holds_seq,
+            forked,
             crls: hello.crls,
             endpoints: self.endpoints(hello.endpoints, seen)?,
         })

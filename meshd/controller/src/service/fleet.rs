@@ -122,6 +122,23 @@ impl Parts {
             findings.push(finding(&node.name, own, &on_node));
         }
         let presence = self.presence.of(mesh_core::NodeId(node.id));
+        if presence.is_doubled() {
+            findings.push(finding(
+                &node.name,
+                "two machines use this node's key in turn",
+                &format!(
+                    "if {} was copied, revoke it and enroll each machine with a token of its own",
+                    node.name
+                ),
+            ));
+        }
+        if presence.forked {
+            findings.push(finding(
+                &node.name,
+                "it has seen records that are not in this journal",
+                "was an older copy of the controller's state started? then see `meshctl audit verify`",
+            ));
+        }
         let offset = presence.clock_offset_secs;
         if presence.connected && offset.unsigned_abs() > CLOCK_OFFSET_FINDING_SECS {
             let direction = if offset > 0 { "ahead" } else { "behind" };

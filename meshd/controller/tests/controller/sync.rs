@@ -4,7 +4,7 @@ use mesh_proto::v1 as pb;
 use pb::ErrorCode;
 use pb::nodes_client::NodesClient;
 
-use crate::harness::{Mesh, SyncStream, within};
+use crate::harness::{Mesh, Running, SyncStream, within};
 
 fn cursor_seq(cursor: &Option<pb::Cursor>) -> u64 {
     cursor.as_ref().expect("a map has a cursor").seq
@@ -12,6 +12,12 @@ fn cursor_seq(cursor: &Option<pb::Cursor>) -> u64 {
 
 fn ids(peers: &[pb::Peer]) -> Vec<u32> {
     peers.iter().map(|peer| peer.node_id).collect()
+}
+
+async fn has_finding(running: &Running, subject: &str, text: &str) -> bool {
+    let mut fleet = pb::fleet_client::FleetClient::new(running.local().await);
+    let findings = fleet.status(pb::Empty {}).await.unwrap().into_inner().findings;
+    findings.iter().any(|finding| finding.subject == subject && finding.what.contains(text))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,10 +91,13 @@ async fn a_cursor_is_good_across_a_restart_and_a_forged_one_gets_everything() {
         pb::Cursor { incarnation: own.incarnation + 1, ..own.clone() },
         pb::Cursor { seq: own.seq + 1_000_000, ..own },
     ];
-    for cursor in forged {
+    for (number, cursor) in forged.into_iter().enumerate() {
         let mut stream = SyncStream::open(channel.clone(), hello(&Some(cursor.clone()))).await.unwrap();
         let full = stream.full().await;
         assert_eq!(ids(&full.peers), [bravo.id(), charlie.id()], "{cursor:?}");
+        // Another journal is no fork of this one.
+        let forked = has_finding(&running, "alpha", "not in this journal").await;
+        assert_eq!(forked, matches!(number, 0 | 3), "{cursor:?}");
     }
     running.stop().await.unwrap();
 }
@@ -174,8 +183,12 @@ async fn of_two_streams_of_one_node_the_newest_wins() {
     let running = mesh.start().await;
     let alpha = running.enroll("alpha").await;
     let (older, _) = SyncStream::of(&running, &alpha).await;
-    let (mut newer, _) = SyncStream::of(&running, &alpha).await;
+    let (newer, _) = SyncStream::of(&running, &alpha).await;
     assert_eq!(older.end().await, Some(ErrorCode::Denied));
+    assert!(!has_finding(&running, "alpha", "two machines").await);
+    let (older, mut newer) = (newer, SyncStream::of(&running, &alpha).await.0);
+    assert_eq!(older.end().await, Some(ErrorCode::Denied));
+    assert!(has_finding(&running, "alpha", "two machines").await);
     running.enroll("bravo").await;
     assert_eq!(newer.delta().await.upserts.len(), 1);
     running.stop().await.unwrap();
