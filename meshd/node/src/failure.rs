@@ -124,7 +124,7 @@ pub(crate) fn detail_of(status: &Status) -> Option<ErrorDetail> {
 fn exit_of(code: ErrorCode) -> i32 {
     use ErrorCode as C;
     match code {
-        C::ConfigInvalid | C::Usage | C::NameInvalid => 2,
+        C::ConfigInvalid | C::Usage | C::NameInvalid | C::NameWildcard | C::TooLarge => 2,
         C::Denied
         | C::IdentityExpired
         | C::IdentityRevoked
@@ -138,10 +138,16 @@ fn exit_of(code: ErrorCode) -> i32 {
         | C::EnrollmentRefused
         | C::RootMismatch
         | C::ResumeWindowPassed
-        | C::ControllerNotTrusted => 4,
+        | C::ControllerNotTrusted
+        | C::NodeRevoked => 4,
         C::ControllerUnreachable | C::DaemonUnreachable | C::TimedOut | C::PeerUnreachable => 5,
         C::StateNotFound | C::CertificateNotFound | C::NodeNotFound => 6,
-        C::AlreadyEnrolled | C::DirectoryNotOurs | C::StateInUse | C::NodeIdentity | C::NameStopped => 7,
+        C::AlreadyEnrolled
+        | C::DirectoryNotOurs
+        | C::StateInUse
+        | C::PortInUse
+        | C::NodeIdentity
+        | C::NameStopped => 7,
         _ => 1,
     }
 }
@@ -160,6 +166,22 @@ mod tests {
         let status = Status::from(failure.clone());
         assert_eq!(status.code(), Code::PermissionDenied);
         assert_eq!(Failure::from_status(&status), failure);
+    }
+
+    /// As the controller's `status.rs` has them: what a person's script sees must not depend on who refused.
+    #[test]
+    fn exits_are_those_of_the_controller() {
+        let table = [
+            (ErrorCode::NameWildcard, 2),
+            (ErrorCode::TooLarge, 2),
+            (ErrorCode::NodeRevoked, 4),
+            (ErrorCode::PortInUse, 7),
+            (ErrorCode::NodeNotFound, 6),
+            (ErrorCode::TimedOut, 5),
+        ];
+        for (code, exit) in table {
+            assert_eq!(Failure::new(code, "why", "next").exit, exit, "{code:?}");
+        }
     }
 
     #[test]
