@@ -38,11 +38,11 @@ pub(super) fn enroll(
     tokio::spawn(async move {
         let no_wait = request.no_wait;
         let (progress, heard) = mpsc::channel(STEPS);
-        let listener = tokio::spawn(relay(heard, steps.clone(), no_wait));
+        let listener = tokio::spawn(relay(heard, steps, no_wait));
         let outcome = attempt(&node, request, &progress).await;
         drop(progress);
         // Ends once the channel above is closed; it cannot panic.
-        let _ = listener.await;
+        let steps = listener.await.ok().flatten();
         let last = match outcome {
             Ok(enrolled) => Ok(pb::LocalEnrollProgress { step: Some(Step::Done(enrolled)) }),
             Err(failure) => {
@@ -51,33 +51,27 @@ pub(super) fn enroll(
             }
         };
         // Nobody may be listening any more.
-        let _ = steps.send(last).await;
+        if let Some(steps) = steps {
+            let _ = steps.send(last).await;
+        }
     });
     ReceiverStream::new(stream)
 }
 
-/// Hands progress on; with `no_wait` the caller is let go as soon as approval is pending.
+/// Hands progress on, and the way to the caller back. With `no_wait` the caller is let go as soon as approval is
+/// pending: that is the last step, and the stream's end is no error.
 async fn relay(
     mut heard: mpsc::Receiver<Progress>,
     steps: mpsc::Sender<Result<pb::LocalEnrollProgress, Status>>,
     no_wait: bool,
-) {
+) -> Option<mpsc::Sender<Result<pb::LocalEnrollProgress, Status>>> {
     let mut told = false;
     while let Some(progress) = heard.recv().await {
         let step = match progress {
             Progress::Connecting(address) => Step::Connecting(address),
             Progress::Pending(pending) if no_wait => {
-                let failure = Failure::new(
-                    ErrorCode::ApprovalPending,
-                    format!("node {} waits for approval", pending.node),
-                    format!(
-                        "an operator runs `meshctl node approve {}`; this node goes on by itself",
-                        pending.node
-                    ),
-                )
-                .fact(format!("key sha256:{}", hex::encode(&pending.key_hash)));
-                let _ = steps.send(Err(failure.into())).await;
-                return;
+                let _ = steps.send(Ok(pb::LocalEnrollProgress { step: Some(Step::Pending(pending)) })).await;
+                return None;
             }
             // Once is enough: it is asked again and again.
             Progress::Pending(_) if told => continue,
@@ -88,6 +82,7 @@ async fn relay(
         };
         let _ = steps.send(Ok(pb::LocalEnrollProgress { step: Some(step) })).await;
     }
+    Some(steps)
 }
 
 async fn attempt(
@@ -159,5 +154,46 @@ fn answer(identity: &Identity, changed: bool) -> Enrolled {
         ipv6: identity.ipv6.to_string(),
         trust_domain: identity.trust_domain.clone(),
         changed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn heard_by_the_caller(no_wait: bool) -> (Vec<Step>, bool) {
+        let (progress, heard) = mpsc::channel(STEPS);
+        let (steps, mut stream) = mpsc::channel(STEPS);
+        let pending = pb::enroll_response::Pending { node: "alpha".into(), ..Default::default() };
+        progress.send(Progress::Connecting("192.0.2.1:7443".into())).await.unwrap();
+        progress.send(Progress::Pending(pending.clone())).await.unwrap();
+        progress.send(Progress::Pending(pending)).await.unwrap();
+        // Who waits is told more; who does not is let go while the enrollment goes on.
+        let goes_on = no_wait.then(|| progress.clone());
+        drop(progress);
+        let left = relay(heard, steps, no_wait).await;
+        let more = left.is_some();
+        drop((left, goes_on));
+        let mut told = Vec::new();
+        while let Some(step) = stream.recv().await {
+            told.push(step.expect("no step is an error").step.unwrap());
+        }
+        (told, more)
+    }
+
+    #[tokio::test]
+    async fn who_does_not_wait_is_told_of_the_approval_and_let_go() {
+        let (told, more) = heard_by_the_caller(true).await;
+        assert!(
+            matches!(&told[..], [Step::Connecting(_), Step::Pending(pending)] if pending.node == "alpha")
+        );
+        assert!(!more);
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_told_once_and_goes_on_listening() {
+        let (told, more) = heard_by_the_caller(false).await;
+        assert!(matches!(&told[..], [Step::Connecting(_), Step::Pending(_)]));
+        assert!(more);
     }
 }
