@@ -21,7 +21,7 @@ use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::identity::{Active, Identities};
 use crate::limits::{CALL_TIMEOUT, COMMAND_QUEUE, MESSAGE_BYTES_MAX, RECONNECT_FIRST, RECONNECT_LONGEST};
-use crate::network::{NetworkHandle, Update};
+use crate::network::{NetworkHandle, Receipt, Update};
 use crate::roster::RosterError;
 use crate::state::{ClockFile, StateDir};
 
@@ -236,6 +236,13 @@ impl Uplink {
                         return Err(End::NewIdentity);
                     }
                 }
+                changed = self.network.receipt.changed(), if *served => {
+                    // Stored at last, or by another way than this stream.
+                    if changed.is_err() {
+                        return Err(closed("the network has stopped").into());
+                    }
+                    self.acknowledge(&outgoing).await?;
+                }
                 changed = endpoints.changed() => {
                     if changed.is_err() {
                         return Err(closed("the network has stopped").into());
@@ -254,14 +261,14 @@ impl Uplink {
         channel: &Channel,
         outgoing: &mpsc::Sender<pb::SyncRequest>,
     ) -> Result<(), End> {
-        let (update, cursor, published) = match message.response {
+        let (update, published) = match message.response {
             Some(Response::Full(full)) => {
-                let (cursor, crls) = (full.cursor.clone(), full.crls.clone());
-                (Update::Full(full), cursor, crls)
+                let crls = full.crls.clone();
+                (Update::Full(full), crls)
             }
             Some(Response::Delta(delta)) => {
-                let (cursor, crls) = (delta.cursor.clone(), delta.crls.clone());
-                (Update::Delta(delta), cursor, crls)
+                let crls = delta.crls.clone();
+                (Update::Delta(delta), crls)
             }
             Some(Response::Hints(hints)) => return Ok(self.network.hints(hints).await?),
             Some(Response::Goodbye(goodbye)) => {
@@ -274,25 +281,27 @@ impl Uplink {
         self.network.apply(update).await?.map_err(End::Resync)?;
         self.ask_everything = false;
         let knowledge = self.network.knowledge().await?;
-        let crls = match lacks(&knowledge.crls, &published) {
-            false => knowledge.crls,
-            true => {
-                self.fetch_crls(channel).await?;
-                // "Took effect" includes the services' folders; a slow disk delays the word, not the effect.
-                let written = tokio::time::timeout(CALL_TIMEOUT, self.pairs.write_crls()).await;
-                if !matches!(written, Ok(Ok(()))) {
-                    tracing::warn!("CRLs are not in all folders yet");
-                }
-                self.network.knowledge().await?.crls
+        if lacks(&knowledge.crls, &published) {
+            self.fetch_crls(channel).await?;
+            // "Took effect" includes the services' folders; a slow disk delays the word, not the effect.
+            let written = tokio::time::timeout(CALL_TIMEOUT, self.pairs.write_crls()).await;
+            if !matches!(written, Ok(Ok(()))) {
+                tracing::warn!("CRLs are not in all folders yet");
             }
-        };
-        let seq = cursor.map_or(0, |cursor| cursor.seq);
+        }
+        self.acknowledge(outgoing).await
+    }
+
+    /// Says what is in effect and on disk, and nothing else.
+    async fn acknowledge(&mut self, outgoing: &mpsc::Sender<pb::SyncRequest>) -> Result<(), End> {
+        let Receipt { seq, crls } = self.network.receipt.borrow_and_update().clone();
         let ack = pb::sync_request::Ack { seq, crls, findings: self.findings.lines() };
         send(outgoing, pb::sync_request::Request::Ack(ack)).await
     }
 
-    async fn hello(&self) -> Result<pb::sync_request::Hello, End> {
+    async fn hello(&mut self) -> Result<pb::sync_request::Hello, End> {
         let knowledge = self.network.knowledge().await?;
+        let receipt = self.network.receipt.borrow_and_update().clone();
         Ok(pb::sync_request::Hello {
             cursor: knowledge.cursor.filter(|_| !self.ask_everything),
             endpoints: self.network.endpoints.borrow().clone(),
@@ -300,7 +309,7 @@ impl Uplink {
             backend: knowledge.backend,
             wireguard_port: u32::from(knowledge.wireguard_port),
             node_time: self.clock.own().utc_now().unix_timestamp(),
-            crls: knowledge.crls,
+            crls: receipt.crls,
         })
     }
 

@@ -50,13 +50,23 @@ pub(crate) enum Update {
     Delta(pb::Delta),
 }
 
-/// What this node has, for `Hello` and `Ack`.
+/// What this node has, for `Hello`.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Knowledge {
+    /// `None` as well while the map is not on disk: a controller takes it for a receipt.
     pub(crate) cursor: Option<pb::Cursor>,
+    /// In effect, on disk or not; [`Receipt::crls`] are those on disk.
     pub(crate) crls: Vec<pb::CrlHave>,
     pub(crate) backend: String,
     pub(crate) wireguard_port: u16,
+}
+
+/// What is on disk and in effect: all that may be acknowledged.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Receipt {
+    /// Of the map; 0 if no map of this journal could be stored.
+    pub(crate) seq: u64,
+    pub(crate) crls: Vec<pb::CrlHave>,
 }
 
 /// Whom a TLS client of this node believes.
@@ -73,10 +83,11 @@ pub(crate) struct NetworkHandle {
     pub(crate) belief: watch::Receiver<Belief>,
     /// What the map says about this node itself.
     pub(crate) own: watch::Receiver<pb::Own>,
-    /// The newest CRLs, on disk already.
+    /// The newest CRLs.
     pub(crate) crls: watch::Receiver<Arc<Vec<pb::Crl>>>,
     /// Where this node can be reached.
     pub(crate) endpoints: watch::Receiver<Vec<pb::Endpoint>>,
+    pub(crate) receipt: watch::Receiver<Receipt>,
 }
 
 /// The ends of [`NetworkHandle`] that the worker holds.
@@ -85,6 +96,7 @@ pub(crate) struct Outlets {
     pub(crate) own: watch::Sender<pb::Own>,
     pub(crate) crls: watch::Sender<Arc<Vec<pb::Crl>>>,
     pub(crate) endpoints: watch::Sender<Vec<pb::Endpoint>>,
+    pub(crate) receipt: watch::Sender<Receipt>,
 }
 
 fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
@@ -94,6 +106,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         own: watch::Sender::new(pb::Own::default()),
         crls: watch::Sender::new(Arc::default()),
         endpoints: watch::Sender::new(Vec::new()),
+        receipt: watch::Sender::new(Receipt::default()),
     };
     let handle = NetworkHandle {
         commands,
@@ -101,6 +114,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         own: outlets.own.subscribe(),
         crls: outlets.crls.subscribe(),
         endpoints: outlets.endpoints.subscribe(),
+        receipt: outlets.receipt.subscribe(),
     };
     (handle, inbox, outlets)
 }
@@ -121,13 +135,13 @@ impl From<Gone> for Failure {
 }
 
 impl NetworkHandle {
-    /// Applies a map; when this returns, it has taken effect.
+    /// Applies a map; when this returns, it has taken effect. The receipt says whether it is on disk.
     pub(crate) async fn apply(&self, update: Update) -> Result<Result<(), RosterError>, Gone> {
         let update = Box::new(update);
         self.ask(|reply| Command::Map { update, reply }).await
     }
 
-    /// Takes CRLs; when this returns, they are on disk and in effect.
+    /// Takes CRLs; when this returns, they are in effect. The receipt says whether they are on disk.
     pub(crate) async fn take_crls(&self, crls: Vec<pb::Crl>) -> Result<(), Gone> {
         self.ask(|reply| Command::Crls { crls, reply }).await
     }

@@ -25,7 +25,8 @@ use super::lease::Leases;
 use super::overlay;
 use super::stored::{stored_endpoints, stored_roster};
 use super::{
-    Belief, Command, Inspection, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Update, wire,
+    Belief, Command, Inspection, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Receipt, Update,
+    wire,
 };
 use crate::clock::ControllerClock;
 use crate::failpoint::Failpoint;
@@ -88,6 +89,12 @@ pub(crate) struct Worker {
     told: BTreeMap<u32, Vec<pb::Endpoint>>,
     told_changed: bool,
     next_lease: Option<Duration>,
+    /// Cursor and numbers of what is on disk.
+    saved_cursor: Option<pb::Cursor>,
+    saved_crls: Vec<pb::CrlHave>,
+    /// Set while the newest could not be stored; each tick tries again.
+    map_unsaved: bool,
+    crls_unsaved: bool,
     outlets: Outlets,
     inbox: mpsc::Receiver<Command>,
     events: mpsc::Receiver<TunnelEvent>,
@@ -131,6 +138,7 @@ impl Worker {
         outlets.own.send_replace(roster.own().clone());
         outlets.crls.send_replace(Arc::new(trust.crl_messages()));
         let told = stored_endpoints(&state);
+        let (saved_cursor, saved_crls) = (roster.cursor().cloned(), trust.crl_haves());
         let mut worker = Self {
             state,
             clock,
@@ -152,10 +160,15 @@ impl Worker {
             told,
             told_changed: false,
             next_lease: None,
+            saved_cursor,
+            saved_crls,
+            map_unsaved: false,
+            crls_unsaved: false,
             outlets,
             inbox,
             events,
         };
+        worker.publish_receipt();
         worker.refresh_endpoints().await;
         worker.reconcile().await;
         Ok((handle, worker))
@@ -257,10 +270,11 @@ impl Worker {
             Ok(false) => {}
             Err(error) => tracing::warn!(error = mesh_runtime::chain(&error), "issuing CA is left out"),
         }
-        // Effect first, disk second: whoever must go is gone before anything else takes time. The map is on
-        // disk before it is acknowledged.
+        // Effect first, disk second: whoever must go is gone before anything else takes time. What is not on
+        // disk is not acknowledged.
         self.reconcile().await;
         self.save_map();
+        self.publish_receipt();
         let own = self.roster.own().clone();
         self.outlets.own.send_if_modified(|before| {
             let changed = *before != own;
@@ -291,29 +305,66 @@ impl Worker {
             return;
         }
         let messages = self.trust.crl_messages();
-        if let Err(error) = self.state.save_crls(&messages) {
-            self.findings.raise_failure("state/crls", "the state folder", &error.into());
-        } else {
-            self.findings.clear("state/crls");
-        }
+        self.save_crls(&messages);
         self.roster.doubt();
         self.reconcile().await;
         // The map names the CRLs it was stored with, so that older ones put in their place are seen.
         if self.roster.cursor().is_some() {
             self.save_map();
         }
+        self.publish_receipt();
         let belief = Belief { anchors: self.trust.anchors(), revocation: self.trust.revocation() };
         self.outlets.belief.send_replace(belief);
         self.outlets.crls.send_replace(Arc::new(messages));
     }
 
-    fn save_map(&self) {
+    fn save_map(&mut self) {
         let map = self.roster.to_full(self.trust.crl_haves());
         if let Err(error) = self.state.save_map(&map) {
+            self.map_unsaved = true;
             self.findings.raise_failure("state/map", "the state folder", &error.into());
         } else {
+            self.map_unsaved = false;
+            self.saved_cursor = map.cursor;
             self.findings.clear("state/map");
         }
+    }
+
+    fn save_crls(&mut self, messages: &[pb::Crl]) {
+        if let Err(error) = self.state.save_crls(messages) {
+            self.crls_unsaved = true;
+            self.findings.raise_failure("state/crls", "the state folder", &error.into());
+        } else {
+            self.crls_unsaved = false;
+            self.saved_crls = self.trust.crl_haves();
+            self.findings.clear("state/crls");
+        }
+    }
+
+    /// Stores what could not be stored before.
+    fn save_again(&mut self) {
+        if self.crls_unsaved {
+            self.save_crls(&self.trust.crl_messages());
+        }
+        if self.map_unsaved {
+            self.save_map();
+        }
+        self.publish_receipt();
+    }
+
+    fn publish_receipt(&self) {
+        let journal = |cursor: &pb::Cursor| (cursor.journal_id.clone(), cursor.incarnation);
+        // A number of another journal would say something else.
+        let saved = self
+            .saved_cursor
+            .as_ref()
+            .filter(|saved| self.roster.cursor().is_some_and(|cursor| journal(cursor) == journal(saved)));
+        let receipt = Receipt { seq: saved.map_or(0, |cursor| cursor.seq), crls: self.saved_crls.clone() };
+        self.outlets.receipt.send_if_modified(|before| {
+            let changed = *before != receipt;
+            *before = receipt;
+            changed
+        });
     }
 
     fn take_hints(&mut self, hints: pb::Hints) {
@@ -408,6 +459,7 @@ impl Worker {
         self.refresh_endpoints().await;
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
+        self.save_again();
         self.save_endpoints();
     }
 
@@ -428,7 +480,7 @@ impl Worker {
 
     fn knowledge(&self) -> Knowledge {
         Knowledge {
-            cursor: self.roster.cursor().cloned(),
+            cursor: self.roster.cursor().filter(|_| !self.map_unsaved).cloned(),
             crls: self.trust.crl_haves(),
             backend: backend_line(self.tunnel.as_ref()),
             wireguard_port: self.tunnel.listen_port(),

@@ -137,3 +137,37 @@ fn addresses_and_routes_come_back() {
         });
     });
 }
+
+#[test]
+fn only_what_is_on_disk_is_acknowledged() {
+    in_own_network("network::worker::tests::only_what_is_on_disk_is_acknowledged", || {
+        block_on(async {
+            let mut fixture = Fixture::new().await;
+            let receipt = fixture.handle.receipt.clone();
+            let numbers = || receipt.borrow().crls.iter().map(|crl| crl.number).collect::<Vec<_>>();
+            assert_eq!((receipt.borrow().seq, numbers()), (1, vec![1, 1]));
+            // A folder in the place of a file cannot be replaced by one.
+            let state = fixture.folder.path().join("state");
+            let blocked = ["map.bin", "crls.bin"].map(|name| state.join(name));
+            for path in &blocked {
+                std::fs::remove_file(path).unwrap();
+                std::fs::create_dir(path).unwrap();
+            }
+            fixture.worker.take_crls(&fixture.mesh.crls(2, &[])).await;
+            fixture.worker.apply(Update::Full(full(2, Vec::new()))).await.unwrap();
+            assert_eq!(fixture.worker.current.len(), 0, "it took effect all the same");
+            assert_eq!((receipt.borrow().seq, numbers()), (1, vec![1, 1]));
+            assert_eq!(fixture.worker.knowledge().cursor, None, "a cursor would be taken for a receipt");
+            assert!(fixture.finding("the state folder").is_some());
+            fixture.worker.tick().await;
+            assert_eq!((receipt.borrow().seq, numbers()), (1, vec![1, 1]));
+            for path in &blocked {
+                std::fs::remove_dir(path).unwrap();
+            }
+            fixture.worker.tick().await;
+            assert_eq!((receipt.borrow().seq, numbers()), (2, vec![2, 2]));
+            assert_eq!(fixture.worker.knowledge().cursor.unwrap().seq, 2);
+            assert_eq!(fixture.finding("the state folder"), None);
+        });
+    });
+}
