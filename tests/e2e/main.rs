@@ -4,6 +4,7 @@ mod bad_input;
 mod crash;
 mod demo;
 mod enrollment;
+mod host;
 mod lifetime;
 mod mesh;
 mod operations;
