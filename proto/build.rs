@@ -14,9 +14,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn prost_encode(
-    descriptors: &impl prost::Message,
-    bytes: &mut Vec<u8>,
-) -> Result<(), prost::EncodeError> {
+fn prost_encode(descriptors: &impl prost::Message, bytes: &mut Vec<u8>) -> Result<(), prost::EncodeError> {
     descriptors.encode(bytes)
 }
