@@ -255,6 +255,12 @@ fn of_the_nodes_own_machine() {
         run(fleet.node_command("web-1", &[], &[])).refused("E0111", 1);
         fleet.on("web-1", "umount", &["/dev/net"]).ok();
 
+        // No rights: root without its capabilities.
+        let daemon = fleet.node_command("web-1", &[], &[]);
+        let mut powerless = fleet.command("web-1", "setpriv", &["--bounding-set=-all", "--inh-caps=-all"]);
+        powerless.arg(daemon.get_program()).args(daemon.get_args());
+        run(powerless).refused("E0112", 1);
+
         // Keys that others can read.
         let state = fleet.state("web-1");
         std::fs::set_permissions(&state, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
