@@ -1,7 +1,7 @@
 //! What a mesh is: its nodes, names, certificates, operators and policy, and what may change them.
 //!
 //! Pure: no I/O, clock, environment or global randomness; time and seeds arrive as arguments.
-//! [`World`](world::World) is the fold of the journal: `decide` says what a command would do,
+//! [`World`] is the fold of the journal: `decide` says what a command would do,
 //! `apply` does it. This crate sees serials, key hashes and DER as opaque bytes.
 #![forbid(unsafe_code)]
 
