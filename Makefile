@@ -17,7 +17,7 @@ deps:
 # What the tests need on top: real third-party programs to judge us, and one pinned Python environment.
 deps-test: deps
 	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl \
-		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime python3:python3
+		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3
 	@tests/judges/install
 
 build:

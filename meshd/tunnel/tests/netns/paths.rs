@@ -114,7 +114,6 @@ netns_tests! {
         assert_eq!(a.tunnel.counters().tx_malformed, 0);
     }
 
-    #[ignore = "needs ethtool; run with --ignored"]
     fn a_link_that_cannot_segment_datagrams_still_carries_them() {
         let (a, b) = two_namespaces();
         for namespace in [&a, &b] {
