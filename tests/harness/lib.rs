@@ -4,6 +4,10 @@
 //! network and mount namespaces. Nothing outside is touched.
 #![forbid(unsafe_code)]
 
+pub mod credential;
+pub mod join;
+pub mod rpc;
+
 mod binaries;
 mod clock;
 mod command;

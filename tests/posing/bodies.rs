@@ -93,7 +93,7 @@ fn with_the_names_and_numbers_of_another_node() {
 
         let alpha = Credential::of_node(&fleet, "alpha");
         let (address, config) = (controller(&fleet), client_config(&fleet, Some(&alpha)));
-        let token = crate::tokens::open(&fleet.token(&["--name", "delta"]));
+        let token = crate::join::open(&fleet.token(&["--name", "delta"]));
         let (bravo, token) = (&bravo, &token);
         on_host(&fleet, "alpha", || async move {
             let channel = channel(address, config).await.unwrap();
@@ -101,7 +101,7 @@ fn with_the_names_and_numbers_of_another_node() {
             reads_and_revokes_its_own_alone(&channel, bravo).await;
             renews_itself_alone(&channel, bravo, own_wireguard).await;
             // A node's certificate does not help a token along, nor the other way round.
-            let request = crate::tokens::request(token, "bravo", &LeafKey::generate().unwrap());
+            let request = crate::join::request(token, "bravo", &LeafKey::generate().unwrap());
             let enrolled = EnrollmentClient::new(channel.clone()).enroll(request).await;
             assert_eq!(refused("enrolling as bravo", enrolled), pb::ErrorCode::Denied);
         });
@@ -219,7 +219,7 @@ async fn renews_itself_alone(channel: &Channel, bravo: &Bravo, own_wireguard: [u
         ("bravo's as the second", ask(plain(), vec![own.clone(), bravo.wireguard.clone()])),
         (
             "three keys",
-            ask(plain(), vec![own.clone(), crate::tokens::wireguard_key(), crate::tokens::wireguard_key()]),
+            ask(plain(), vec![own.clone(), crate::join::wireguard_key(), crate::join::wireguard_key()]),
         ),
         ("no key", ask(plain(), vec![])),
         ("the same key twice", ask(plain(), vec![own.clone(), own.clone()])),

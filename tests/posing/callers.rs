@@ -213,10 +213,10 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         .create(pb::CreateTokenRequest { operation_id: operation(), ..Default::default() })
         .await
         .unwrap();
-    let token = crate::tokens::open(&created.into_inner().token);
+    let token = crate::join::open(&created.into_inner().token);
     let key = LeafKey::generate().unwrap();
     let stranger = channel(address, config_under(Arc::clone(&anchors), None)).await.unwrap();
-    let request = crate::tokens::request(&token, "web-1", &key);
+    let request = crate::join::request(&token, "web-1", &key);
     let wireguard = request.wireguard_public_key.clone();
     let answer = pb::enrollment_client::EnrollmentClient::new(stranger).enroll(request).await.unwrap();
     let Some(pb::enroll_response::Outcome::Enrolled(enrolled)) = answer.into_inner().outcome else {

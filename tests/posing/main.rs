@@ -4,8 +4,7 @@
 //! that the product handed out or that a thief would find on a disk.
 #![forbid(unsafe_code)]
 
-mod credential;
-mod rpc;
+use mesh_tests::{credential, join, rpc};
 
 mod bodies;
 mod callers;

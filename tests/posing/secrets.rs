@@ -14,7 +14,7 @@ use x509_parser::prelude::FromDer as _;
 
 use crate::{
     credential::{DOMAIN, decoded, identity_file},
-    tokens,
+    join,
 };
 
 /// What is looked for, in each writing.
@@ -113,7 +113,7 @@ fn stay_where_they_were_born() {
             fleet.start_node_with(name, &[], &[("RUST_LOG", "trace"), ("MESHD_LOG", "trace")]);
             let token = fleet.token(&[]);
             fleet.meshctl(name, &["enroll", &token, "--name", name]).ok();
-            needles.add(&format!("{name}'s token"), &tokens::open(&token).secret);
+            needles.add(&format!("{name}'s token"), &join::open(&token).secret);
         }
         fleet.wait_meshed(&nodes);
         // A full run: a pair, a renewal, rotated keys, wrong and right tokens, a revocation, restarts.
@@ -121,10 +121,10 @@ fn stay_where_they_were_born() {
         let name = format!("web.alpha.{DOMAIN}");
         fleet.meshctl("alpha", &["cert", "issue", &name, "--out", out.to_str().unwrap()]).ok();
         let unused = fleet.token(&[]);
-        needles.add("the unused token", &tokens::open(&unused).secret);
+        needles.add("the unused token", &join::open(&unused).secret);
         fleet.meshctl("alpha", &["enroll", &unused]).ok();
         let operator = fleet.controller(&["operator", "add", "al", "--role", "admin"]).ok();
-        needles.add("the operator's token", &tokens::open(operator.stdout.trim()).secret);
+        needles.add("the operator's token", &join::open(operator.stdout.trim()).secret);
         let first = keys_of(&fleet, &nodes);
         fleet.controller(&["node", "rotate-keys", "alpha"]).ok();
         let before = identity_file(&fleet, "alpha")["wireguard_keys"].clone();

@@ -153,7 +153,7 @@ fn is_believed_only_as_far_as_the_chains_go() {
         sleeping.wakes_with("a changed address", &full.encode_to_vec(), &others, &["bravo"]);
         let key = wireguard_public(&sleeping.fleet, "bravo");
         let mut full = sleeping.full();
-        record(&mut full, ids[1]).leaf = replaced(&leaf, &key, &crate::tokens::wireguard_key());
+        record(&mut full, ids[1]).leaf = replaced(&leaf, &key, &crate::join::wireguard_key());
         sleeping.wakes_with("a changed WireGuard key", &full.encode_to_vec(), &others, &["bravo"]);
         for part in [0.1, 0.5, 0.98] {
             let mut full = sleeping.full();

@@ -1,38 +1,18 @@
 //! Guessing tokens: nothing is learned, tries run out, others are not held up.
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use mesh_ca::{Csr, LeafKey};
+use mesh_ca::LeafKey;
 use mesh_proto::v1 as pb;
 use mesh_tests::{Fleet, fleet_test};
-use prost::Message as _;
 use tonic::{Code, Status};
 
 use crate::{
     credential::client_config,
-    rpc::{channel, controller, error_code, on_host, operation},
+    join::{open, request},
+    rpc::{channel, controller, error_code, on_host},
 };
 
 /// Wrong secrets that one source may try within a minute, as documented.
 const TRIES: usize = 20;
-
-/// Reads the printed form of a join token.
-pub(crate) fn open(text: &str) -> pb::JoinToken {
-    let body = text.strip_prefix("mesh1_").expect("a token of this version");
-    pb::JoinToken::decode(&*URL_SAFE_NO_PAD.decode(body).unwrap()).unwrap()
-}
-
-/// What a machine with `key` and a new WireGuard key would send.
-pub(crate) fn request(token: &pb::JoinToken, name: &str, key: &LeafKey) -> pb::EnrollRequest {
-    pb::EnrollRequest {
-        token_id: token.id.clone(),
-        token_secret: token.secret.clone(),
-        name: name.into(),
-        csr: Csr::create(key).unwrap().into(),
-        wireguard_public_key: wireguard_key(),
-        operation_id: operation(),
-        node_time: 0,
-    }
-}
 
 /// All that a caller can see of a refusal but its time.
 fn visible(status: &Status) -> (Code, String, Vec<u8>, Vec<String>) {
@@ -120,9 +100,4 @@ fn a_guesser_learns_nothing_and_runs_out_of_tries() {
         let honest = request(&real, "web-1", &fresh);
         ask(&fleet, "honest", vec![honest]).remove(0).expect("an honest enrollment is not held up");
     });
-}
-
-pub(crate) fn wireguard_key() -> bytes::Bytes {
-    let key = x25519_dalek::StaticSecret::from(mesh_runtime::random_bytes::<32>());
-    x25519_dalek::PublicKey::from(&key).to_bytes().to_vec().into()
 }

@@ -2,23 +2,29 @@
 
 use std::{fs, path::Path, sync::Arc};
 
+use crate::Fleet;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use mesh_ca::{ControllerVerifier, TrustAnchors, TrustDomain};
-use mesh_tests::Fleet;
 use rustls::ClientConfig;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 
-pub(crate) const DOMAIN: &str = "mesh.internal";
+pub const DOMAIN: &str = "mesh.internal";
 
 /// A chain, leaf first, and its key.
-pub(crate) struct Credential {
-    pub(crate) chain: Vec<CertificateDer<'static>>,
-    pub(crate) key: PrivateKeyDer<'static>,
+pub struct Credential {
+    pub chain: Vec<CertificateDer<'static>>,
+    pub key: PrivateKeyDer<'static>,
+}
+
+impl std::fmt::Debug for Credential {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credential").field("chain", &self.chain).finish_non_exhaustive()
+    }
 }
 
 impl Credential {
     /// What a thief takes from a node's state directory: leaf, issuers and root, as the controller would serve them.
-    pub(crate) fn of_node(fleet: &Fleet, node: &str) -> Self {
+    pub fn of_node(fleet: &Fleet, node: &str) -> Self {
         let identity = identity_file(fleet, node);
         let ders = |key: &str| {
             let list = identity[key].as_array().expect("a list").clone();
@@ -31,7 +37,7 @@ impl Credential {
     }
 
     /// A pair as `meshctl cert issue` writes it, with the root behind it.
-    pub(crate) fn of_pair(folder: &Path) -> Self {
+    pub fn of_pair(folder: &Path) -> Self {
         let read = |name: &str| fs::read(folder.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
         let mut chain = certificates(&read("cert.pem"));
         chain.extend(certificates(&read("ca.pem")));
@@ -39,7 +45,7 @@ impl Credential {
     }
 
     /// The operator who logged in on `host`.
-    pub(crate) fn of_operator(fleet: &Fleet, host: &str) -> Self {
+    pub fn of_operator(fleet: &Fleet, host: &str) -> Self {
         let path = fleet.path(host).join(".config/meshd/context.toml");
         let text = fs::read_to_string(path).expect("the context file");
         let context: toml::Table = text.parse().expect("a context file is TOML");
@@ -54,25 +60,25 @@ fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
 }
 
 /// `identity.json` of a node: what it keeps secret, and what it believes.
-pub(crate) fn identity_file(fleet: &Fleet, node: &str) -> serde_json::Value {
+pub fn identity_file(fleet: &Fleet, node: &str) -> serde_json::Value {
     let text = fs::read(fleet.state(node).join("identity.json")).expect("the node has an identity");
     serde_json::from_slice(&text).expect("the identity is JSON")
 }
 
 /// Base64 in JSON.
-pub(crate) fn decoded(text: &serde_json::Value) -> Vec<u8> {
+pub fn decoded(text: &serde_json::Value) -> Vec<u8> {
     STANDARD.decode(text.as_str().expect("a text")).expect("base64")
 }
 
 /// TLS 1.3 towards the fleet's controller, as `credential` or as nobody.
-pub(crate) fn client_config(fleet: &Fleet, credential: Option<&Credential>) -> ClientConfig {
+pub fn client_config(fleet: &Fleet, credential: Option<&Credential>) -> ClientConfig {
     let root = fleet.controller(&["ca", "root"]).ok();
     let roots = certificates(root.stdout.as_bytes());
     let anchors = TrustAnchors::new(TrustDomain::parse(DOMAIN).unwrap(), &roots).expect("the root is one");
     config_under(Arc::new(anchors), credential)
 }
 
-pub(crate) fn config_under(anchors: Arc<TrustAnchors>, credential: Option<&Credential>) -> ClientConfig {
+pub fn config_under(anchors: Arc<TrustAnchors>, credential: Option<&Credential>) -> ClientConfig {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])

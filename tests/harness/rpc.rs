@@ -2,9 +2,9 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use crate::Fleet;
 use hyper_util::rt::TokioIo;
 use mesh_proto::v1 as pb;
-use mesh_tests::Fleet;
 use prost::Message as _;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
@@ -24,7 +24,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(20);
 const SERVED_ELSEWHERE: &str = "mesh.v1.Local";
 
 /// Every method of every service of the controller, as gRPC paths.
-pub(crate) fn methods() -> Vec<String> {
+pub fn methods() -> Vec<String> {
     let pool = prost_reflect::DescriptorPool::decode(mesh_proto::FILE_DESCRIPTOR_SET).unwrap();
     let services = pool.services().filter(|service| service.full_name() != SERVED_ELSEWHERE);
     let paths: Vec<_> = services
@@ -39,7 +39,7 @@ pub(crate) fn methods() -> Vec<String> {
 
 /// How a call with an empty message ended.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub enum Outcome {
     /// The gate let nobody past.
     Denied(pb::ErrorCode),
     /// The handler, or what lies before it, answered.
@@ -47,7 +47,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    pub(crate) fn is_denied(&self) -> bool {
+    pub fn is_denied(&self) -> bool {
         matches!(self, Self::Denied(_))
     }
 
@@ -66,12 +66,12 @@ impl Outcome {
 }
 
 /// The stable code in a refusal's details.
-pub(crate) fn error_code(status: &Status) -> pb::ErrorCode {
+pub fn error_code(status: &Status) -> pb::ErrorCode {
     pb::ErrorDetail::decode(status.details()).map_or(pb::ErrorCode::Unspecified, |detail| detail.code())
 }
 
 /// Runs `work` on a thread and a runtime of its own on host `name`.
-pub(crate) fn on_host<T: Send, F: Future<Output = T>>(
+pub fn on_host<T: Send, F: Future<Output = T>>(
     fleet: &Fleet,
     name: &str,
     work: impl FnOnce() -> F + Send,
@@ -84,10 +84,7 @@ pub(crate) fn on_host<T: Send, F: Future<Output = T>>(
 }
 
 /// Connects to `address`; the channel redials by itself, so that a caller whose connection is cut tries again.
-pub(crate) async fn channel(
-    address: SocketAddr,
-    config: ClientConfig,
-) -> Result<Channel, tonic::transport::Error> {
+pub async fn channel(address: SocketAddr, config: ClientConfig) -> Result<Channel, tonic::transport::Error> {
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     Endpoint::from_static("http://controller")
         .connect_timeout(CALL_LIMIT)
@@ -103,7 +100,7 @@ pub(crate) async fn channel(
 }
 
 /// Calls `path` with one empty message and reads at most one answer.
-pub(crate) async fn call_empty(channel: &Channel, path: &str) -> Outcome {
+pub async fn call_empty(channel: &Channel, path: &str) -> Outcome {
     let call = async {
         let mut client = tonic::client::Grpc::new(channel.clone());
         client.ready().await.map_err(|error| Status::unknown(format!("not ready: {error}")))?;
@@ -118,7 +115,7 @@ pub(crate) async fn call_empty(channel: &Channel, path: &str) -> Outcome {
 }
 
 /// Calls all of `paths` from host `from` as `credential`.
-pub(crate) fn call_all(
+pub fn call_all(
     fleet: &Fleet,
     from: &str,
     credential: Option<&Credential>,
@@ -135,11 +132,11 @@ pub(crate) fn call_all(
     })
 }
 
-pub(crate) fn controller(fleet: &Fleet) -> SocketAddr {
+pub fn controller(fleet: &Fleet) -> SocketAddr {
     fleet.controller_url().parse().expect("HOST:PORT")
 }
 
 /// Something new at each call, for `operation_id`.
-pub(crate) fn operation() -> bytes::Bytes {
+pub fn operation() -> bytes::Bytes {
     mesh_runtime::random_bytes::<16>().to_vec().into()
 }
