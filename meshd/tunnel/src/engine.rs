@@ -21,12 +21,14 @@ use std::time::{Duration, Instant};
 use boringtun::noise::rate_limiter::RateLimiter;
 
 use crate::config::{PeerConfig, TunnelConfig};
+use crate::detour::{DatagramSink, SinkCell, Waiting, is_virtual};
 use crate::error::TunnelError;
 use crate::event::{Events, Queue, TunnelEvent};
 use crate::housekeeper::{HANDSHAKES_WAITING_MAX, Housekeeper};
 use crate::inbound::Inbound;
 use crate::key::{PrivateKey, PublicKey};
 use crate::outbound::Outbound;
+use crate::packet;
 use crate::peer::{Notes, Peer};
 use crate::quiescence::Quiescence;
 use crate::registry::Registry;
@@ -57,6 +59,10 @@ pub(crate) struct Shared {
     pub(crate) housekeeper: Wake,
     /// Whether the inbound thread is inside a batch.
     pub(crate) quiescence: Quiescence,
+    /// Takes datagrams that are not WireGuard's.
+    pub(crate) foreign: SinkCell,
+    /// What came from virtual endpoints; for the inbound thread.
+    pub(crate) detoured: Waiting,
     /// Peers whose waiting packets may go; for the outbound thread.
     ready: Mutex<Vec<Arc<Peer>>>,
     /// Peers that want a tick before the next one is due; for the housekeeper.
@@ -90,6 +96,8 @@ impl Shared {
             inbound: Wake::new()?,
             housekeeper: Wake::new()?,
             quiescence: Quiescence::default(),
+            foreign: SinkCell::default(),
+            detoured: Waiting::default(),
             ready: Mutex::default(),
             urgent: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -145,6 +153,9 @@ impl Shared {
             tracing::info!(peer = %key, endpoint = %from, "endpoint changed");
             self.events.push(TunnelEvent::EndpointChanged { peer: key, from });
         }
+        if let Some((from, rtt)) = notes.answered {
+            self.events.push(TunnelEvent::PathAnswered { peer: key, from, rtt });
+        }
         if notes.silent {
             tracing::info!(peer = %key, "peer silent");
             self.events.push(TunnelEvent::PeerSilent { peer: key });
@@ -181,6 +192,9 @@ pub(crate) struct Userspace {
     port: u16,
     shared: Arc<Shared>,
     offloads: Arc<OffloadCells>,
+    /// `None` once closed, so that the port is free then.
+    udp: Mutex<Option<Arc<Udp>>>,
+    virtual_out: Arc<SinkCell>,
     /// Serialises the calls that change peers or keys.
     control: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -192,8 +206,14 @@ impl Userspace {
         let shared = Shared::new(config.private_key)
             .map_err(|source| TunnelError::System { action: "make an event descriptor", source })?;
         let shared = Arc::new(shared);
-        let offloads = Arc::<OffloadCells>::default();
-        let udp = Arc::new(Udp::bind(config.listen_port, config.fwmark, wanted, offloads.clone())?);
+        let (offloads, virtual_out) = (Arc::<OffloadCells>::default(), Arc::<SinkCell>::default());
+        let udp = Arc::new(Udp::bind(
+            config.listen_port,
+            config.fwmark,
+            wanted,
+            offloads.clone(),
+            virtual_out.clone(),
+        )?);
         let tun = Arc::new(Tun::create(&config.interface, wanted, offloads.clone())?);
         tun.bring_up(config.mtu)?;
         let engine = Self {
@@ -201,6 +221,8 @@ impl Userspace {
             port: udp.port(),
             shared: shared.clone(),
             offloads,
+            udp: Mutex::new(Some(udp.clone())),
+            virtual_out,
             control: Mutex::default(),
             threads: Mutex::default(),
         };
@@ -324,8 +346,7 @@ impl Tunnel for Userspace {
     }
 
     fn set_endpoint(&self, key: &PublicKey, endpoint: SocketAddr) -> bool {
-        let usable = endpoint.port() != 0 && !endpoint.ip().is_unspecified() && !endpoint.ip().is_multicast();
-        let Some(peer) = self.find(key).filter(|_| usable) else { return false };
+        let Some(peer) = self.find(key).filter(|_| is_usable(endpoint)) else { return false };
         peer.lock().set_endpoint(endpoint);
         self.shared.tick_soon(&peer);
         true
@@ -356,6 +377,43 @@ impl Tunnel for Userspace {
         wanted
     }
 
+    fn probe(&self, key: &PublicKey, to: &[SocketAddr]) -> bool {
+        let usable: Vec<_> = to.iter().copied().filter(|address| is_usable(*address)).collect();
+        let Some(peer) = self.find(key).filter(|_| !usable.is_empty()) else { return false };
+        let wanted = peer.lock().want_probes(&usable);
+        if wanted {
+            self.shared.tick_soon(&peer);
+        }
+        wanted
+    }
+
+    fn send_raw(&self, datagram: &[u8], to: SocketAddr) -> Result<(), TunnelError> {
+        let udp = lock(&self.udp).clone().ok_or(TunnelError::Closed)?;
+        udp.send_now(datagram, packet::unmapped(to))
+            .map_err(|source| TunnelError::Socket { action: "send a datagram", source })
+    }
+
+    fn set_foreign_sink(&self, sink: Option<DatagramSink>) -> bool {
+        self.shared.foreign.set(sink);
+        true
+    }
+
+    fn set_virtual_sink(&self, sink: Option<DatagramSink>) -> bool {
+        self.virtual_out.set(sink);
+        true
+    }
+
+    fn receive_virtual(&self, datagram: &[u8], from: SocketAddr) -> bool {
+        let taken =
+            is_virtual(from) && !self.shared.is_stopped() && self.shared.detoured.push(datagram, from);
+        if taken {
+            self.shared.inbound.wake();
+        } else {
+            count(&self.shared.counters.rx_virtual_dropped);
+        }
+        taken
+    }
+
     fn peer(&self, key: &PublicKey) -> Option<PeerConfig> {
         self.find(key).map(|peer| peer.lock().config().clone())
     }
@@ -376,7 +434,8 @@ impl Tunnel for Userspace {
 
     fn close(&self) {
         self.shared.stop(None);
-        // The threads own the sockets and the interface: with the last of them both are gone.
+        // The threads own the interface and the sockets: with the last of them all are gone.
+        *lock(&self.udp) = None;
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             let _ = thread.join();
         }
@@ -443,7 +502,13 @@ counter_cells!(
     rx_under_load,
     rx_handshakes_dropped,
     rx_interface_errors,
+    rx_foreign,
+    rx_virtual_dropped,
 );
+
+fn is_usable(endpoint: SocketAddr) -> bool {
+    endpoint.port() != 0 && !endpoint.ip().is_unspecified() && !endpoint.ip().is_multicast()
+}
 
 /// Adds one.
 pub(crate) fn count(cell: &AtomicU64) {

@@ -20,6 +20,9 @@ pub enum TunnelEvent {
     HandshakeDone { peer: PublicKey },
     /// An authenticated message of `peer` came from a new underlay address, which is now used.
     EndpointChanged { peer: PublicKey, from: SocketAddr },
+    /// `peer` answered a handshake of ours from `from` after `rtt`: that path works both ways. Comes with
+    /// each answer, for every address; which path is in use says `EndpointChanged`.
+    PathAnswered { peer: PublicKey, from: SocketAddr, rtt: Duration },
     /// Something was sent to `peer` 15 s ago and nothing has come back since. Said once per silence.
     PeerSilent { peer: PublicKey },
     /// The tunnel carries nothing any more. `error` is `None` after [`close`](crate::Tunnel::close).
@@ -94,8 +97,8 @@ struct State {
     closed: bool,
 }
 
-/// What collapses into one: the kind, and the peer if there is one.
-type Slot = (u8, Option<PublicKey>);
+/// What collapses into one: the kind, the peer if there is one, and the path if the kind is about paths.
+type Slot = (u8, Option<PublicKey>, Option<SocketAddr>);
 
 impl Queue {
     pub(crate) fn reader(self: &Arc<Self>) -> Events {
@@ -138,10 +141,11 @@ impl State {
 
 fn slot(event: &TunnelEvent) -> Slot {
     match event {
-        TunnelEvent::HandshakeDone { peer } => (0, Some(*peer)),
-        TunnelEvent::EndpointChanged { peer, .. } => (1, Some(*peer)),
-        TunnelEvent::PeerSilent { peer } => (2, Some(*peer)),
-        TunnelEvent::Stopped { .. } => (3, None),
+        TunnelEvent::HandshakeDone { peer } => (0, Some(*peer), None),
+        TunnelEvent::EndpointChanged { peer, .. } => (1, Some(*peer), None),
+        TunnelEvent::PeerSilent { peer } => (2, Some(*peer), None),
+        TunnelEvent::Stopped { .. } => (3, None, None),
+        TunnelEvent::PathAnswered { peer, from, .. } => (4, Some(*peer), Some(*from)),
     }
 }
 
@@ -163,6 +167,21 @@ mod tests {
         assert_eq!(events.try_recv(), Some(last));
         assert_eq!(events.try_recv(), Some(TunnelEvent::HandshakeDone { peer: PEER }));
         assert_eq!(events.try_recv(), None);
+    }
+
+    #[test]
+    fn answers_from_different_places_do_not_replace_each_other() {
+        let queue = Arc::new(Queue::default());
+        let answer = |port, rtt| TunnelEvent::PathAnswered {
+            peer: PEER,
+            from: ([10, 0, 0, 1], port).into(),
+            rtt: Duration::from_millis(rtt),
+        };
+        for event in [answer(1, 5), answer(2, 6), answer(1, 7)] {
+            queue.push(event);
+        }
+        let read: Vec<_> = std::iter::from_fn(|| queue.reader().try_recv()).collect();
+        assert_eq!(read, [answer(1, 7), answer(2, 6)]);
     }
 
     #[test]

@@ -101,6 +101,12 @@ impl Housekeeper {
 
     fn tick(&mut self, peer: &Arc<Peer>) {
         let mut notes = Notes::default();
+        let probe = peer.lock().tick_probes(&mut self.datagram, Instant::now());
+        if let Some((length, addresses)) = probe {
+            for to in addresses {
+                self.send(Outgoing { length, to, is_data: false });
+            }
+        }
         let outgoing = peer.lock().tick(&mut self.datagram, Instant::now(), &mut notes);
         self.shared.report(peer, notes);
         if let Some(outgoing) = outgoing {

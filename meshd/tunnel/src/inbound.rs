@@ -12,6 +12,7 @@ use std::time::Instant;
 use boringtun::noise::TunnResult;
 use nix::poll::{PollFd, PollTimeout};
 
+use crate::detour::is_virtual;
 use crate::engine::{Shared, count, count_many};
 use crate::housekeeper::Handshake;
 use crate::offload::merge::{Group, Kinds, PACKETS_MAX, Plan};
@@ -54,6 +55,10 @@ impl Inbound {
             let mut fds = vec![PollFd::new(shared.inbound.as_fd(), READABLE)];
             fds.extend(udp.sockets().map(|socket| PollFd::new(socket.as_fd(), READABLE)));
             wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
+            if wake::is_ready(&fds[0]) {
+                shared.inbound.clear();
+                self.detoured();
+            }
             for (socket, _) in udp.sockets().zip(&fds[1..]).filter(|(_, fd)| wake::is_ready(fd)) {
                 self.turn(socket, &mut received);
             }
@@ -73,6 +78,18 @@ impl Inbound {
             }
             self.delivery.flush();
         }
+    }
+
+    /// Takes what came from virtual endpoints.
+    fn detoured(&mut self) {
+        let shared = self.shared.clone();
+        let datagrams = shared.detoured.take();
+        let _batch = shared.quiescence.begin();
+        let now = Instant::now();
+        for (datagram, from) in &datagrams {
+            self.message(*from, std::iter::once(datagram.as_slice()).peekable(), now);
+        }
+        self.delivery.flush();
     }
 
     /// Takes the datagrams of one sender.
@@ -97,9 +114,20 @@ impl Inbound {
                 }
                 Some(Message::Initiation | Message::Response { .. }) => self.handshake(datagram, from),
                 Some(Message::CookieReply { .. }) => self.pass_on(datagram, from),
-                None => count(&self.shared.counters.rx_invalid),
+                None => self.foreign(datagram, from),
             }
             datagrams.next();
+        }
+    }
+
+    /// What is not WireGuard's may be somebody else's who shares the port.
+    fn foreign(&self, datagram: &[u8], from: SocketAddr) {
+        let theirs = !packet::is_wireguard(datagram) && !is_virtual(from);
+        let counters = &self.shared.counters;
+        if theirs && self.shared.foreign.give(datagram, from) {
+            count(&counters.rx_foreign);
+        } else {
+            count(&counters.rx_invalid);
         }
     }
 

@@ -39,6 +39,7 @@ mod key;
 mod tunnel;
 
 mod allowed_ips;
+mod detour;
 mod offload;
 mod packet;
 mod peer;
@@ -58,6 +59,7 @@ mod udp;
 mod wake;
 
 pub use config::{PeerConfig, TunnelConfig};
+pub use detour::{DatagramSink, VIRTUAL_NETWORK, is_virtual};
 pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};

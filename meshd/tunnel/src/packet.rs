@@ -49,6 +49,12 @@ impl Message {
     }
 }
 
+/// Whether a datagram claims to be WireGuard's: a message type and three zeros. STUN (RFC 8489 §5) and
+/// TLS never begin like that.
+pub(crate) fn is_wireguard(datagram: &[u8]) -> bool {
+    matches!(u32_at(datagram, 0), Some(1..=4))
+}
+
 /// Sender index of a handshake initiation or response.
 pub(crate) fn sender_index(handshake: &[u8]) -> Option<u32> {
     u32_at(handshake, 4)

@@ -18,6 +18,7 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Tunn, TunnResult};
 
 use crate::config::PeerConfig;
+use crate::detour::is_virtual;
 use crate::key::{PrivateKey, PublicKey};
 use crate::packet::{self, Message};
 use crate::tunnel::PeerStats;
@@ -37,6 +38,12 @@ const INITIATION_SPACING: Duration = Duration::from_millis(20);
 /// Pause before another 90 s of attempts once boringtun gave up. Doubles, with jitter, up to the last.
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 const RETRY_LAST: Duration = Duration::from_secs(80);
+
+/// Addresses one initiation is sent to at once.
+pub(crate) const PROBES_MAX: usize = 32;
+/// A path through a virtual endpoint takes over from a direct one after this long without a word on that.
+/// In between, messages of both may mix without moving the endpoint to and fro.
+const DIRECT_LOST: Duration = Duration::from_secs(5);
 
 /// Sessions that boringtun keeps at the same time, by the last bits of their index.
 const SESSIONS: usize = 8;
@@ -68,6 +75,8 @@ impl Peer {
             removed: false,
             backlog: Backlog::Empty,
             initiation_wanted: false,
+            probes: Vec::new(),
+            last_direct_rx: None,
             unconfirmed: [None; SESSIONS],
             last_initiation: None,
             initiator: false,
@@ -109,6 +118,10 @@ pub(crate) struct State {
     removed: bool,
     backlog: Backlog,
     initiation_wanted: bool,
+    /// Where else the next initiation goes.
+    probes: Vec<SocketAddr>,
+    /// When the peer last spoke from an address that is not virtual.
+    last_direct_rx: Option<Instant>,
     /// Our indices of sessions that we answered, each in use once data comes in on it. The peer may have
     /// asked several times before; boringtun keeps as many sessions, in the same places.
     unconfirmed: [Option<u32>; SESSIONS],
@@ -167,6 +180,8 @@ pub(crate) struct Notes {
     pub(crate) moved_to: Option<SocketAddr>,
     pub(crate) backlog_ready: bool,
     pub(crate) silent: bool,
+    /// An answer to our initiation: where from and how long it took.
+    pub(crate) answered: Option<(SocketAddr, Duration)>,
 }
 
 impl State {
@@ -267,16 +282,22 @@ impl State {
             // A cookie ends here. It is not proof of who sent it: no roaming.
             _ => return None,
         };
-        self.authenticated((datagram.len(), from), now, notes);
         match message {
             Message::Response { receiver } => {
+                self.authenticated((datagram.len(), from), now, notes);
                 if let Some((_, sent)) = self.last_initiation.filter(|(index, _)| *index == receiver) {
-                    self.rtt = Some(now.saturating_duration_since(sent));
+                    let rtt = now.saturating_duration_since(sent);
+                    (self.rtt, notes.answered) = (Some(rtt), Some((from, rtt)));
                 }
                 self.initiator = true;
                 self.session_begins(now, notes);
             }
             _ => {
+                self.heard(datagram.len(), now);
+                // Only one way is proved. The endpoint moves when the peer has our answer and uses it.
+                if self.endpoint.is_none() {
+                    self.moved(from, notes);
+                }
                 if let Some(index) = packet::sender_index(&out[..length]) {
                     self.unconfirmed[index as usize % SESSIONS] = Some(index);
                 }
@@ -302,6 +323,31 @@ impl State {
         let to = self.endpoint?;
         let length = due.or_else(|| self.own_timers(out, now))?;
         Some(self.outgoing(&out[..length], to, now))
+    }
+
+    /// An initiation that is due for probing: its length, and the addresses that all get it.
+    pub(crate) fn tick_probes(&mut self, out: &mut [u8], now: Instant) -> Option<(usize, Vec<SocketAddr>)> {
+        if self.removed || self.probes.is_empty() || !self.is_spaced(now) {
+            return None;
+        }
+        let mut to = std::mem::take(&mut self.probes);
+        if std::mem::take(&mut self.initiation_wanted) {
+            to.extend(self.endpoint.filter(|endpoint| !to.contains(endpoint)));
+        }
+        let length = datagram_length(self.tunn.format_handshake_initiation(out, true))?;
+        self.outgoing(&out[..length], to[0], now);
+        self.tx_bytes += (length * (to.len() - 1)) as u64;
+        Some((length, to))
+    }
+
+    /// Asks for an initiation to all of `to`, whatever the endpoint is. `false` if the peer is gone.
+    pub(crate) fn want_probes(&mut self, to: &[SocketAddr]) -> bool {
+        for address in to.iter().copied().map(packet::unmapped) {
+            if self.probes.len() < PROBES_MAX && !self.probes.contains(&address) {
+                self.probes.push(address);
+            }
+        }
+        !self.removed
     }
 
     /// Asks for an initiation at the next tick. `false` if there is nowhere to send it.
@@ -377,12 +423,9 @@ impl State {
 
     /// What boringtun's timers do not do. Length of what is now in `out`.
     fn own_timers(&mut self, out: &mut [u8], now: Instant) -> Option<usize> {
-        if self.initiation_wanted {
-            let spaced = |(_, at)| now.saturating_duration_since(at) >= INITIATION_SPACING;
-            if self.last_initiation.is_none_or(spaced) {
-                self.initiation_wanted = false;
-                return datagram_length(self.tunn.format_handshake_initiation(out, true));
-            }
+        if self.initiation_wanted && self.is_spaced(now) {
+            self.initiation_wanted = false;
+            return datagram_length(self.tunn.format_handshake_initiation(out, true));
         }
         let interval = self.keepalive?;
         let Some(age) = self.tunn.time_since_last_handshake() else {
@@ -419,13 +462,31 @@ impl State {
 
     /// A message was proved to be this peer's: it lives, and it is where the message came from.
     fn authenticated(&mut self, (length, from): (usize, SocketAddr), now: Instant, notes: &mut Notes) {
+        self.heard(length, now);
+        let from_virtual = is_virtual(from);
+        if !from_virtual {
+            self.last_direct_rx = Some(now);
+        }
+        let direct_is_alive = self.endpoint.is_some_and(|endpoint| !is_virtual(endpoint))
+            && self.last_direct_rx.is_some_and(|at| now.saturating_duration_since(at) < DIRECT_LOST);
+        if self.endpoint != Some(from) && !(from_virtual && direct_is_alive) {
+            self.moved(from, notes);
+        }
+    }
+
+    fn heard(&mut self, length: usize, now: Instant) {
         self.rx_bytes += length as u64;
         (self.unanswered_since, self.silent) = (None, false);
         (self.retry_at, self.retry_pause) = (now, RETRY_FIRST);
-        if self.endpoint != Some(from) {
-            self.endpoint = Some(from);
-            notes.moved_to = Some(from);
-        }
+    }
+
+    fn moved(&mut self, to: SocketAddr, notes: &mut Notes) {
+        self.endpoint = Some(to);
+        notes.moved_to = Some(to);
+    }
+
+    fn is_spaced(&self, now: Instant) -> bool {
+        self.last_initiation.is_none_or(|(_, at)| now.saturating_duration_since(at) >= INITIATION_SPACING)
     }
 
     fn session_begins(&mut self, now: Instant, notes: &mut Notes) {

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::config::{PeerConfig, TunnelConfig};
+use crate::detour::DatagramSink;
 use crate::engine::Userspace;
 use crate::error::TunnelError;
 use crate::event::Events;
@@ -53,6 +54,50 @@ pub trait Tunnel: Send + Sync {
     /// use until then. Calls closer together than 20 ms are one. `false` if there is no such peer
     /// or it has no endpoint.
     fn initiate_handshake(&self, key: &PublicKey) -> bool;
+
+    /// Sends one handshake initiation to all of `to` (at most 32) and leaves the endpoint as it is. Where the
+    /// first answer comes from, the peer is from then on, and
+    /// [`PathAnswered`](crate::TunnelEvent::PathAnswered) says so; the peer takes only the first of them.
+    /// Keep probes of one peer a round trip apart, or answers are lost. `false` if there is no such peer
+    /// or no address one can send to, or if the backend cannot do it.
+    fn probe(&self, key: &PublicKey, to: &[SocketAddr]) -> bool {
+        let _ = (key, to);
+        false
+    }
+
+    /// Sends one datagram from the tunnel's own UDP port, or through the virtual sink; not a WireGuard
+    /// message, but what shares its way: STUN, a relay's frames. Does not wait for room.
+    ///
+    /// # Errors
+    /// [`TunnelError::Socket`] if it could not be sent, also because the backend has no such way (the kernel);
+    /// [`TunnelError::Closed`].
+    fn send_raw(&self, datagram: &[u8], to: SocketAddr) -> Result<(), TunnelError> {
+        let _ = (datagram, to);
+        Err(TunnelError::Socket { action: "send a datagram", source: std::io::ErrorKind::Unsupported.into() })
+    }
+
+    /// Who gets the datagrams on the tunnel's UDP port that do not begin as WireGuard's do (a type of 1 to
+    /// 4 and three zeros). Without one they are counted as invalid. `false` if the backend cannot do it.
+    fn set_foreign_sink(&self, sink: Option<DatagramSink>) -> bool {
+        let _ = sink;
+        false
+    }
+
+    /// Who gets the WireGuard messages for [virtual endpoints](crate::VIRTUAL_NETWORK). Without one they
+    /// are lost and counted as socket errors. `false` if the backend cannot do it.
+    fn set_virtual_sink(&self, sink: Option<DatagramSink>) -> bool {
+        let _ = sink;
+        false
+    }
+
+    /// Takes a WireGuard message that came another way than by UDP, as from the virtual endpoint `from`.
+    /// A peer's endpoint moves there, as to any place it speaks from, but not within 5 s after it spoke
+    /// from a real one. `false` if it was dropped: no virtual address, more than 1 MiB waiting, or the
+    /// backend cannot do it.
+    fn receive_virtual(&self, datagram: &[u8], from: SocketAddr) -> bool {
+        let _ = (datagram, from);
+        false
+    }
 
     /// A peer as it was last configured, `None` if there is no such peer.
     fn peer(&self, key: &PublicKey) -> Option<PeerConfig>;
@@ -160,4 +205,8 @@ pub struct Counters {
     pub rx_handshakes_dropped: u64,
     /// The interface refused a packet.
     pub rx_interface_errors: u64,
+    /// Datagrams that were handed to the foreign sink.
+    pub rx_foreign: u64,
+    /// Messages from virtual endpoints that were dropped because too many waited.
+    pub rx_virtual_dropped: u64,
 }

@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::detour::{SinkCell, is_virtual};
 use crate::engine::OffloadCells;
 use crate::error::TunnelError;
 use crate::tunnel::Offloads;
@@ -32,6 +33,8 @@ pub(crate) struct Udp {
     v6: Option<UdpSocket>,
     port: u16,
     offloads: Arc<OffloadCells>,
+    /// Takes what is for virtual endpoints.
+    virtual_out: Arc<SinkCell>,
 }
 
 impl Udp {
@@ -41,10 +44,11 @@ impl Udp {
         fwmark: Option<u32>,
         wanted: Offloads,
         offloads: Arc<OffloadCells>,
+        virtual_out: Arc<SinkCell>,
     ) -> Result<Self, TunnelError> {
         let mut attempt = 1;
         loop {
-            match Self::bind_once(port, fwmark, &offloads) {
+            match Self::bind_once(port, fwmark, &offloads, &virtual_out) {
                 Err(TunnelError::PortInUse { .. }) if port == 0 && attempt < PORT_ATTEMPTS => attempt += 1,
                 result => {
                     let udp = result?;
@@ -55,7 +59,12 @@ impl Udp {
         }
     }
 
-    fn bind_once(port: u16, fwmark: Option<u32>, offloads: &Arc<OffloadCells>) -> Result<Self, TunnelError> {
+    fn bind_once(
+        port: u16,
+        fwmark: Option<u32>,
+        offloads: &Arc<OffloadCells>,
+        virtual_out: &Arc<SinkCell>,
+    ) -> Result<Self, TunnelError> {
         let v4 = bind_one(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), fwmark)?;
         let local = v4.local_addr();
         let port = local.map_err(|source| TunnelError::Socket { action: "read the port of", source })?.port();
@@ -64,7 +73,7 @@ impl Udp {
             Err(TunnelError::Socket { source, .. }) if is_without_ipv6(&source) => None,
             Err(error) => return Err(error),
         };
-        Ok(Self { v4, v6, port, offloads: offloads.clone() })
+        Ok(Self { v4, v6, port, offloads: offloads.clone(), virtual_out: virtual_out.clone() })
     }
 
     fn switch_on(&self, wanted: Offloads) {
@@ -113,6 +122,14 @@ impl Udp {
     }
 
     fn send_segments(&self, bytes: &[u8], size: Option<u16>, to: SocketAddr, wait_ms: u16) -> io::Result<()> {
+        if is_virtual(to) {
+            for datagram in bytes.chunks(size.map_or(bytes.len(), usize::from).max(1)) {
+                if !self.virtual_out.give(datagram, to) {
+                    return Err(io::ErrorKind::AddrNotAvailable.into());
+                }
+            }
+            return Ok(());
+        }
         let socket = match to {
             SocketAddr::V4(_) => &self.v4,
             SocketAddr::V6(_) => {

@@ -7,6 +7,7 @@
 mod lab;
 
 mod basic;
+mod detour;
 mod hostile;
 mod interop;
 mod lifecycle;
