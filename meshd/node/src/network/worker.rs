@@ -1,6 +1,9 @@
 //! The network task: takes commands and tunnel events one after the other.
 
+mod map;
+mod paths;
 mod reconcile;
+mod report;
 #[cfg(test)]
 mod tests;
 
@@ -9,36 +12,28 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_core::NodeId;
 use mesh_core::endpoints::Overlay;
-use mesh_core::peer_table::{Action, PeerTable};
+use mesh_core::peer_table::PeerTable;
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{PublicKey, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
 use reconcile::apply_firewall;
 
-use super::backend::{backend_line, backend_name, offloads};
-use super::endpoints::{candidates, own_endpoints};
 use super::lease::Leases;
 use super::overlay;
 use super::stored::{stored_endpoints, stored_roster};
-use super::{
-    Belief, Command, Inspection, Knowledge, NetworkHandle, NetworkStatus, Outlets, PeerView, Receipt, Update,
-    wire,
-};
+use super::{Belief, Command, NetworkHandle, Outlets, wire};
 use crate::clock::ControllerClock;
-use crate::failpoint::Failpoint;
 use crate::failure::Failure;
-use crate::findings::{Findings, Severity};
+use crate::findings::Findings;
 use crate::firewall::Firewall;
 use crate::hostop::{Host, HostOp, TableMark};
 use crate::identity::Active;
 use crate::join::wireguard_key;
-use crate::limits::PEERS_PER_MAP_MAX;
 use crate::pki::Trust;
-use crate::roster::{Peer, Place, Roster, RosterError};
+use crate::roster::{Peer, Place, Roster};
 use crate::state::{Identity, StateDir};
 
 /// Interfaces, firewall and clocks are looked at this often.
@@ -241,147 +236,6 @@ impl Worker {
         }
     }
 
-    async fn apply(&mut self, update: Update) -> Result<(), RosterError> {
-        let applied = match update {
-            Update::Full(full) => {
-                let ids: BTreeSet<u32> = full.peers.iter().map(|peer| peer.node_id).collect();
-                // A whole map names everybody: whoever is not in it is gone, and so are its endpoints.
-                let applied = self.roster.apply_full(full, &self.trust);
-                if applied.is_ok() {
-                    self.told.retain(|id, _| ids.contains(id));
-                }
-                applied
-            }
-            Update::Delta(delta) => self.roster.apply_delta(delta),
-        };
-        if let Err(error) = applied {
-            self.findings.raise(
-                "roster",
-                Severity::Bad,
-                "the controller's map",
-                error.to_string(),
-                "if this does not pass, compare the controller with its last backup",
-            );
-            return Err(error);
-        }
-        self.findings.clear("roster");
-        match self.trust.add_issuers(self.roster.issuers()) {
-            Ok(true) => self.roster.doubt(),
-            Ok(false) => {}
-            Err(error) => tracing::warn!(error = mesh_runtime::chain(&error), "issuing CA is left out"),
-        }
-        // Effect first, disk second: whoever must go is gone before anything else takes time. What is not on
-        // disk is not acknowledged.
-        self.reconcile().await;
-        self.save_map();
-        self.publish_receipt();
-        let own = self.roster.own().clone();
-        self.outlets.own.send_if_modified(|before| {
-            let changed = *before != own;
-            *before = own;
-            changed
-        });
-        Ok(())
-    }
-
-    async fn take_crls(&mut self, crls: &[pb::Crl]) {
-        let mut changed = false;
-        for message in crls {
-            if Failpoint::CrlApplyDisabled.is_set() && self.trust.revocation().is_some() {
-                continue;
-            }
-            match self.trust.take_crl(message) {
-                Ok(new) => changed |= new,
-                Err(error) => {
-                    tracing::warn!(
-                        number = message.number,
-                        error = mesh_runtime::chain(&error),
-                        "CRL is left out"
-                    );
-                }
-            }
-        }
-        if !changed {
-            return;
-        }
-        let messages = self.trust.crl_messages();
-        self.save_crls(&messages);
-        self.roster.doubt();
-        self.reconcile().await;
-        // The map names the CRLs it was stored with, so that older ones put in their place are seen.
-        if self.roster.cursor().is_some() {
-            self.save_map();
-        }
-        self.publish_receipt();
-        let belief = Belief { anchors: self.trust.anchors(), revocation: self.trust.revocation() };
-        self.outlets.belief.send_replace(belief);
-        self.outlets.crls.send_replace(Arc::new(messages));
-    }
-
-    fn save_map(&mut self) {
-        let map = self.roster.to_full(self.trust.crl_haves());
-        if let Err(error) = self.state.save_map(&map) {
-            self.map_unsaved = true;
-            self.findings.raise_failure("state/map", "the state folder", &error.into());
-        } else {
-            self.map_unsaved = false;
-            self.saved_cursor = map.cursor;
-            self.findings.clear("state/map");
-        }
-    }
-
-    fn save_crls(&mut self, messages: &[pb::Crl]) {
-        if let Err(error) = self.state.save_crls(messages) {
-            self.crls_unsaved = true;
-            self.findings.raise_failure("state/crls", "the state folder", &error.into());
-        } else {
-            self.crls_unsaved = false;
-            self.saved_crls = self.trust.crl_haves();
-            self.findings.clear("state/crls");
-        }
-    }
-
-    /// Stores what could not be stored before.
-    fn save_again(&mut self) {
-        if self.crls_unsaved {
-            self.save_crls(&self.trust.crl_messages());
-        }
-        if self.map_unsaved {
-            self.save_map();
-        }
-        self.publish_receipt();
-    }
-
-    fn publish_receipt(&self) {
-        let journal = |cursor: &pb::Cursor| (cursor.journal_id.clone(), cursor.incarnation);
-        // A number of another journal would say something else.
-        let saved = self
-            .saved_cursor
-            .as_ref()
-            .filter(|saved| self.roster.cursor().is_some_and(|cursor| journal(cursor) == journal(saved)));
-        let receipt = Receipt { seq: saved.map_or(0, |cursor| cursor.seq), crls: self.saved_crls.clone() };
-        self.outlets.receipt.send_if_modified(|before| {
-            let changed = *before != receipt;
-            *before = receipt;
-            changed
-        });
-    }
-
-    fn take_hints(&mut self, hints: pb::Hints) {
-        let now = self.clock.own().now();
-        for peer in hints.peers {
-            if peer.endpoints.is_empty() {
-                continue;
-            }
-            self.table.handle_candidates(NodeId(peer.node_id), &candidates(&peer.endpoints), now);
-            if self.told.len() >= PEERS_PER_MAP_MAX && !self.told.contains_key(&peer.node_id) {
-                continue;
-            }
-            self.told.insert(peer.node_id, peer.endpoints);
-            self.told_changed = true;
-        }
-    }
-
     fn rekey(&mut self, active: &Active) {
         let keys = match place_of(&active.identity) {
             Ok(place) => place.wireguard_keys,
@@ -403,49 +257,6 @@ impl Worker {
         }
     }
 
-    fn handle_event(&mut self, event: TunnelEvent) {
-        let now = self.clock.own().now();
-        match event {
-            TunnelEvent::HandshakeDone { peer } => {
-                // Where the tunnel sends to; had it been elsewhere, an event of its own would say so.
-                if let Some(id) = self.id_of(&peer)
-                    && let Some(endpoint) = self.table.endpoint(id)
-                {
-                    self.table.handle_authenticated(id, endpoint, now);
-                }
-            }
-            TunnelEvent::EndpointChanged { peer, from } => {
-                if let Some(id) = self.id_of(&peer) {
-                    self.table.handle_authenticated(id, from, now);
-                    self.told_changed = true;
-                }
-            }
-            TunnelEvent::PeerSilent { peer } => {
-                if let Some(id) = self.id_of(&peer) {
-                    self.table.handle_no_reply(id, now);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn id_of(&self, key: &PublicKey) -> Option<NodeId> {
-        self.ids.get(&key.0).copied().map(NodeId)
-    }
-
-    /// Carries out what the peer table wants.
-    fn act(&mut self) {
-        while let Some(action) = self.table.poll_action() {
-            let (Action::SetEndpoint { peer, .. } | Action::Handshake { peer }) = action;
-            let Some(peer) = self.current.get(&peer.0) else { continue };
-            let key = PublicKey(peer.wireguard_key());
-            match action {
-                Action::SetEndpoint { endpoint, .. } => self.tunnel.set_endpoint(&key, endpoint),
-                Action::Handshake { .. } => self.tunnel.initiate_handshake(&key),
-            };
-        }
-    }
-
     fn wake(&self) -> Instant {
         let now = self.clock.own().now();
         let lease = self.next_lease.map(|at| now + at.saturating_sub(self.clock.since_boot()));
@@ -461,110 +272,6 @@ impl Worker {
         self.reconcile().await;
         self.save_again();
         self.save_endpoints();
-    }
-
-    async fn refresh_endpoints(&mut self) {
-        match self.host.addresses().await {
-            Ok(addresses) => {
-                let (interface, port) = (self.tunnel.name(), self.tunnel.listen_port());
-                let endpoints = own_endpoints(self.overlay, &self.configured, &addresses, interface, port);
-                self.outlets.endpoints.send_if_modified(|before| {
-                    let changed = *before != endpoints;
-                    *before = endpoints;
-                    changed
-                });
-            }
-            Err(error) => tracing::warn!(error = mesh_runtime::chain(&error), "cannot list addresses"),
-        }
-    }
-
-    fn knowledge(&self) -> Knowledge {
-        Knowledge {
-            cursor: self.roster.cursor().filter(|_| !self.map_unsaved).cloned(),
-            crls: self.trust.crl_haves(),
-            backend: backend_line(self.tunnel.as_ref()),
-            wireguard_port: self.tunnel.listen_port(),
-        }
-    }
-
-    fn status(&self) -> NetworkStatus {
-        let stats: BTreeMap<[u8; 32], _> =
-            self.tunnel.peers().into_iter().map(|stats| (stats.public_key.0, stats)).collect();
-        let peers = self.current.iter().map(|(id, peer)| {
-            let key = peer.wireguard_key();
-            let stats = stats.get(&key);
-            PeerView {
-                name: peer.leaf.name.clone(),
-                ipv4: peer.leaf.ipv4,
-                ipv6: peer.leaf.ipv6,
-                wireguard_key: key,
-                endpoint: stats.and_then(|stats| stats.endpoint),
-                candidates: self.candidates_of(*id),
-                last_handshake: stats.and_then(|stats| stats.last_handshake),
-                has_session: stats.is_some_and(|stats| stats.has_session),
-                rtt: stats.and_then(|stats| stats.rtt),
-                lease_ends: peer.leaf.chain_not_after,
-                rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
-                tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
-                tags: peer.tags.clone(),
-                inbound: peer.inbound,
-                outbound: peer.outbound,
-            }
-        });
-        NetworkStatus {
-            interface: self.tunnel.name().to_owned(),
-            backend: backend_name(self.tunnel.as_ref()).to_owned(),
-            offloads: offloads(self.tunnel.as_ref()),
-            wireguard_port: self.tunnel.listen_port(),
-            peers: peers.collect(),
-            roster_seq: self.roster.seq(),
-            crl_number: self.trust.crls().map(|trusted| trusted.message.number).max().unwrap_or(0),
-            firewall_ready: self.firewall.is_some(),
-            tags: self.roster.own().tags.clone(),
-        }
-    }
-
-    async fn inspect(&self) -> Inspection {
-        let firewall =
-            self.firewall_problem().await.unwrap_or_else(|error| Some(mesh_runtime::chain(&error)));
-        let overlay = overlay::missing(&self.host, self.tunnel.name(), &self.place, &self.findings).await;
-        Inspection { firewall, overlay: overlay.unwrap_or_else(|error| vec![mesh_runtime::chain(&error)]) }
-    }
-
-    /// Where a peer may be, the endpoint in use first.
-    fn candidates_of(&self, id: u32) -> Vec<SocketAddr> {
-        let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
-        let mut list: Vec<SocketAddr> = self.table.endpoint(NodeId(id)).into_iter().collect();
-        for (address, _) in told {
-            if !list.contains(&address) && self.overlay.may_carry(address) {
-                list.push(address);
-            }
-        }
-        list
-    }
-
-    fn save_endpoints(&mut self) {
-        if !std::mem::take(&mut self.told_changed) {
-            return;
-        }
-        // Also of those that are no peers now: with a clock that is wrong or a map that is refused nobody is one,
-        // and the next start without a controller shall still find them.
-        let known: BTreeSet<u32> = self.current.keys().chain(self.told.keys()).copied().collect();
-        let peers = known.into_iter().map(|node_id| {
-            let told = self.told.get(&node_id).map(Vec::as_slice).unwrap_or_default();
-            // The one in use leads, so that a start without a controller finds it first.
-            let endpoints = self.candidates_of(node_id).into_iter().map(|address| {
-                let address = address.to_string();
-                let source = told.iter().find(|known| known.address == address);
-                let source = source.map_or(pb::endpoint::Source::PeerSaw as i32, |known| known.source);
-                pb::Endpoint { address, source }
-            });
-            pb::hints::PeerEndpoints { node_id, endpoints: endpoints.collect() }
-        });
-        let hints = pb::Hints { peers: peers.collect(), seen_from: Vec::new() };
-        if let Err(error) = self.state.save_endpoints(&hints) {
-            tracing::warn!(error = mesh_runtime::chain(&error), "endpoints are not stored");
-        }
     }
 
     /// Routes and table stay unless the node leaves: with the interface gone nothing may go out in clear.

@@ -4,6 +4,7 @@ use mesh_runtime::ManualClock;
 
 use super::*;
 use crate::identity::Identities;
+use crate::network::Update;
 use crate::testing::{TestMesh, full, in_own_network, record, run};
 
 const INTERFACE: &str = "mesh0";
