@@ -7,6 +7,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::certs::{self, Manager, PairsHandle};
 use crate::failure::Failure;
+use crate::hostop::Host;
 use crate::identity::Identities;
 use crate::network::{NetworkHandle, Setup, Worker};
 use crate::run::Node;
@@ -34,7 +35,9 @@ impl Running {
     /// The overlay cannot be brought up.
     pub(crate) async fn start(node: &Arc<Node>, identities: Arc<Identities>) -> Result<Self, Failure> {
         let config = &node.config;
+        let host = Host::open()?;
         let setup = Setup {
+            host: host.clone(),
             state: node.state.clone(),
             clock: node.clock.clone(),
             findings: node.findings.clone(),
@@ -58,6 +61,7 @@ impl Running {
             state: node.state.clone(),
             clock: node.clock.clone(),
             findings: node.findings.clone(),
+            host,
             identities: identities.clone(),
             network: network.clone(),
             uplink: uplink.clone(),

@@ -8,8 +8,8 @@ use mesh_proto::v1::ErrorCode;
 use nix::unistd::{Gid, Group, Uid, User};
 use serde::{Deserialize, Serialize};
 
-use super::folder::Access;
 use crate::failure::Failure;
+use crate::hostop::Access;
 use crate::limits::{HOOK_CHARS_MAX, NAMES_PER_PAIR_MAX};
 
 const MODE_DEFAULT: u32 = 0o600;

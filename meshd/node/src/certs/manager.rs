@@ -14,8 +14,6 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::definition::{Definition, Origin};
-use super::folder::PairFolder;
-use super::hook::HookError;
 use super::issue::Issued;
 use super::live::Live;
 use super::record::{Record, Records};
@@ -23,6 +21,7 @@ use super::{Answer, Command, declared, issue};
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
+use crate::hostop::{Host, HostError};
 use crate::identity::Identities;
 use crate::limits::{PAIRS_MAX, RETRY_FIRST};
 use crate::network::NetworkHandle;
@@ -37,7 +36,7 @@ const ISSUES_AT_ONCE: usize = 8;
 /// A slow thing that has ended.
 enum Done {
     Issued { name: String, result: Result<Issued, Failure> },
-    Hooked { name: String, result: Result<(), HookError> },
+    Hooked { name: String, result: Result<(), HostError> },
 }
 
 /// Everything the pairs' task needs.
@@ -45,6 +44,7 @@ pub(crate) struct Manager {
     pub(crate) state: StateDir,
     pub(crate) clock: ControllerClock,
     pub(crate) findings: Findings,
+    pub(crate) host: Host,
     pub(crate) identities: Arc<Identities>,
     pub(crate) network: NetworkHandle,
     pub(crate) uplink: UplinkHandle,
@@ -207,7 +207,7 @@ impl Task {
             ));
         }
         // Before anything is asked for: a folder that is refused would leave a certificate nobody can use.
-        PairFolder::check(&definition.out, definition.name()).map_err(Failure::from)
+        Host::check_pair(&definition.out, definition.name()).map_err(Failure::from)
     }
 
     fn renew(&mut self, name: &str, reply: Answer) {

@@ -2,8 +2,6 @@
 
 mod declared;
 mod definition;
-mod folder;
-mod hook;
 mod issue;
 mod live;
 mod manager;

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use time::UtcDateTime;
 
 use super::definition::Definition;
-use super::folder::PairFiles;
 use crate::failure::Failure;
+use crate::hostop::PairFiles;
 use crate::join::leaf_key;
 use crate::schedule::renews_at;
 use crate::state::{Der, Secret, StateDir, StateError};

@@ -45,6 +45,7 @@ const EVENT_QUEUE: usize = 256;
 
 /// What the task is started with.
 pub(crate) struct Setup {
+    pub(crate) host: Host,
     pub(crate) state: StateDir,
     pub(crate) clock: ControllerClock,
     pub(crate) findings: Findings,
@@ -101,7 +102,8 @@ impl Worker {
     /// # Errors
     /// [`Failure`] if the overlay cannot be brought up at all. Without a firewall it stands, but has no peers.
     pub(crate) async fn start(setup: Setup) -> Result<(NetworkHandle, Self), Failure> {
-        let Setup { state, clock, findings, interface, mtu, wg_port, endpoints: configured, active } = setup;
+        let Setup { host, state, clock, findings, interface, mtu, wg_port, endpoints: configured, active } =
+            setup;
         let identity = &active.identity;
         let mut trust = Trust::of(identity).map_err(|error| {
             Failure::new(
@@ -113,7 +115,6 @@ impl Worker {
         let roster = stored_roster(&state, &mut trust, &findings)?;
         let place = place_of(identity)?;
         let overlay = Overlay { ipv4: place.ipv4_pool, ipv6: place.ipv6_prefix };
-        let host = Host::open()?;
         overlay::close_the_gaps(&host, &place, &findings).await?;
         let private_key = wireguard_key(&identity.wireguard_keys[0])?;
         let config = TunnelConfig {

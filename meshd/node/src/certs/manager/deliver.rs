@@ -5,11 +5,10 @@ use tokio::time::Instant;
 
 use super::{Done, Manager, Task};
 use crate::certs::definition::Definition;
-use crate::certs::folder::PairFolder;
-use crate::certs::hook::{self, HookError};
 use crate::certs::record::Material;
 use crate::failure::Failure;
-use crate::limits::{HOOK_INTERVAL, HOOK_TIMEOUT};
+use crate::hostop::{HostError, HostOp, PairVersion};
+use crate::limits::HOOK_INTERVAL;
 
 impl Task {
     /// Puts the newest material in place, then runs the hook, if there is one.
@@ -29,14 +28,12 @@ impl Task {
         }
         live.hook_running = true;
         live.hook_due = None;
-        let (name, folder) = (name.to_owned(), definition.out.clone());
-        self.jobs.spawn(async move {
-            let result = hook::run(&command, &name, &folder, HOOK_TIMEOUT).await;
-            Done::Hooked { name, result }
-        });
+        let (name, host) = (name.to_owned(), self.parts.host.clone());
+        let op = HostOp::RunHook { command, pair: name.clone(), folder: definition.out.clone() };
+        self.jobs.spawn(async move { Done::Hooked { name, result: host.apply(op).await } });
     }
 
-    pub(super) async fn hooked(&mut self, name: &str, result: Result<(), HookError>) {
+    pub(super) async fn hooked(&mut self, name: &str, result: Result<(), HostError>) {
         match result {
             Ok(()) => self.settled(name),
             Err(error) => self.roll_back(name, &error).await,
@@ -63,7 +60,7 @@ impl Task {
 
     /// The service did not take the new pair: the old one returns, unless nobody would accept it. New CRLs
     /// stay in any case: a broken hook must not revive what was revoked.
-    async fn roll_back(&mut self, name: &str, error: &HookError) {
+    async fn roll_back(&mut self, name: &str, error: &HostError) {
         let now = self.parts.clock.now();
         let Some(record) = self.records.get_mut(name) else { return };
         let old = record.published.clone().filter(|_| record.candidate.is_some());
@@ -138,19 +135,18 @@ impl Task {
         }
     }
 
-    /// Writes one version of the folder. Waits for the disk on a thread of its own.
+    /// Writes one version of the folder.
     pub(super) async fn write(&self, definition: &Definition, material: &Material) -> Result<(), Failure> {
         let files = material.files(&self.crls)?;
         let access = definition.access()?;
-        let (out, name) = (definition.out.clone(), definition.name().to_owned());
-        let version = self.version();
-        let written = tokio::task::spawn_blocking(move || {
-            PairFolder::open(&out, &name)?.publish(&files, access, &version)
-        });
-        written
-            .await
-            .map_err(|error| Failure::internal("writing a pair was cut off", &error))?
-            .map_err(Failure::from)
+        let version = PairVersion {
+            folder: definition.out.clone(),
+            pair: definition.name().to_owned(),
+            files,
+            access,
+            version: self.version(),
+        };
+        self.parts.host.apply(HostOp::WritePair(Box::new(version))).await.map_err(Failure::from)
     }
 
     /// A new version's name: a UTC stamp for people, random bits against a clock that was set back.

@@ -4,6 +4,7 @@ use mesh_ca::LeafKey;
 use mesh_runtime::ManualClock;
 
 use super::*;
+use crate::certs::record::Material;
 use crate::network::{self, Outlets};
 use crate::pki::read_own;
 use crate::state::{Der, Identity, Secret};
@@ -48,6 +49,7 @@ impl Fixture {
             state,
             clock,
             findings,
+            host: Host::open().unwrap(),
             identities: Arc::new(identities),
             network,
             uplink: crate::uplink::detached(),

@@ -30,6 +30,7 @@ impl Fixture {
         let findings = Findings::default();
         let identities = Identities::load(&state, &clock, &findings).unwrap().unwrap();
         let setup = Setup {
+            host: Host::open().unwrap(),
             state,
             clock,
             findings,

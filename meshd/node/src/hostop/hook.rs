@@ -27,7 +27,7 @@ fn output_suffix(output: &str) -> String {
 
 /// Runs `command` with `/bin/sh -c`, in its own process group and with a small environment:
 /// `PATH`, `MESH_PAIR` (the pair's name) and `MESH_PAIR_DIR`. After `limit` the whole group is killed.
-pub(crate) async fn run(command: &str, name: &str, folder: &Path, limit: Duration) -> Result<(), HookError> {
+pub(super) async fn run(command: &str, name: &str, folder: &Path, limit: Duration) -> Result<(), HookError> {
     let mut child = tokio::process::Command::new("/bin/sh")
         .args(["-c", command])
         .env_clear()

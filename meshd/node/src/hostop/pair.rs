@@ -42,6 +42,12 @@ pub(crate) struct PairFiles {
     pub(crate) crl: String,
 }
 
+impl std::fmt::Debug for PairFiles {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PairFiles").finish_non_exhaustive()
+    }
+}
+
 /// Who may read the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Access {
