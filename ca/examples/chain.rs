@@ -95,11 +95,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let entries = [entry(revoked, RevocationReason::KeyCompromise)];
     writer.crl("issuing-revoked.crl.pem", issuing, &CrlPlan::new(2, now, CRL_LIFETIME, &entries))?;
 
-    let addressed = LeafTemplate { crl_url: Some(ADDRESS.to_owned()), ..template(Profile::Peer, now)? };
+    let address = HttpUrl::parse(ADDRESS)?;
+    let pointers = Pointers { crl: Some(address.clone()), ..Pointers::default() };
+    let addressed = LeafTemplate { pointers, ..template(Profile::Peer, now)? };
     let name = |file: &str| Path::new("addressed").join(file).to_string_lossy().into_owned();
     writer.leaf(&name("leaf-peer.pem"), &addressed)?;
     let revoked = writer.leaf(&name("leaf-revoked.pem"), &addressed)?;
     let entries = [entry(revoked, RevocationReason::Unspecified)];
-    let plan = CrlPlan { url: Some(ADDRESS), ..CrlPlan::new(3, now, CRL_LIFETIME, &entries) };
+    let plan = CrlPlan { url: Some(&address), ..CrlPlan::new(3, now, CRL_LIFETIME, &entries) };
     writer.crl(&name("issuing.crl.pem"), issuing, &plan)
 }

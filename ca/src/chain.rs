@@ -17,8 +17,8 @@ use crate::lint::CERT_BYTES_MAX;
 /// Most certificates beside the leaf that a peer may send.
 pub const CHAIN_LENGTH_MAX: usize = 6;
 
-/// Most CRLs in one set: an issuing CA's, the root's, and as many during a change of CA.
-const CRLS_MAX: usize = 16;
+/// Most CRLs in one set: the shards of some issuing CAs and the roots'.
+pub const CRLS_MAX: usize = 2048;
 
 /// Why a chain is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -183,7 +183,7 @@ pub struct RevocationLists {
 
 impl RevocationLists {
     /// Takes the DER of one CRL for every CA on the path, the root included: a chain with an uncovered CA is refused
-    /// with [`ChainError::RevocationUnknown`]. Of two CRLs of one CA the first counts.
+    /// with [`ChainError::RevocationUnknown`]. Of two CRLs of one CA and address the first counts.
     pub fn new<D: AsRef<[u8]>>(
         crls: impl IntoIterator<Item = D>,
         expired: ExpiredCrl,

@@ -1,16 +1,17 @@
 //! Certificate revocation lists: made, and read back.
 //!
-//! One CRL covers all certificates of one issuer (shard 0). As long as certificates name no CRL address, the CRL has no
-//! issuingDistributionPoint either; with an address, both hold the same URL (RFC 5280 §5.2.5) and the extension is
-//! critical. It never limits its scope to user certificates: with path length 0 an issuing CA signs no others, and
-//! OpenSSL and webpki then have nothing to match. Delta, indirect and reason-partitioned CRLs are neither made nor
-//! taken; rustls refuses all three.
+//! Without an address one CRL covers all certificates of its issuer. With addresses an issuer has one CRL per shard: the
+//! address in a shard's certificates and in its CRL's issuingDistributionPoint are the same bytes (RFC 5280 §5.2.5), the
+//! extension is critical, and the CRL may be limited to user or CA certificates, never to both. Delta, indirect and
+//! reason-partitioned CRLs are neither made nor taken; rustls refuses all three.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use time::UtcDateTime;
-use x509_parser::extensions::ParsedExtension;
+use x509_parser::extensions::{
+    DistributionPointName, GeneralName, IssuingDistributionPoint, ParsedExtension,
+};
 use x509_parser::prelude::FromDer as _;
 use x509_parser::revocation_list::CertificateRevocationList;
 
@@ -19,6 +20,7 @@ use crate::issue::{Issuer, signing_error};
 use crate::keystore::{KeyStore, KeyStoreError};
 use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
 use crate::lint::{Finding, lint_crl};
+use crate::pointers::HttpUrl;
 use crate::reason::RevocationReason;
 use crate::serial::{SerialError, SerialNumber};
 
@@ -36,6 +38,8 @@ pub const ROOT_CRL_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 pub enum CrlError {
     #[error("nextUpdate is not later than thisUpdate")]
     Updates,
+    #[error("CRL is limited to some certificates but names no address")]
+    ScopeWithoutAddress,
     #[error("serial {0} is listed twice")]
     Repeated(SerialNumber),
     #[error("key store failed")]
@@ -82,7 +86,27 @@ pub struct CrlPlan<'a> {
     /// An entry stays until one CRL after its certificate's expiry (RFC 5280 §3.3).
     pub entries: &'a [RevokedEntry],
     /// The address in the certificates' CRL distribution point, if they have one.
-    pub url: Option<&'a str>,
+    pub url: Option<&'a HttpUrl>,
+    /// Which certificates it covers; other than all of them only with an address.
+    pub scope: CrlScope,
+}
+
+/// Which of its issuer's certificates a CRL covers, besides those of its address (RFC 5280 §5.2.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CrlScope {
+    /// All.
+    #[default]
+    All,
+    /// onlyContainsUserCerts: leaves.
+    UserCerts,
+    /// onlyContainsCACerts: CAs.
+    CaCerts,
+}
+
+/// Whether a revoked certificate still stands in a CRL made at `this_update`: it leaves only after it was listed in one
+/// CRL made after its expiry (RFC 5280 §3.3). `previous` is thisUpdate of the CRL before of the same shard, as recorded.
+pub fn stays_listed(not_after: UtcDateTime, previous: Option<UtcDateTime>) -> bool {
+    previous.is_none_or(|previous| previous <= not_after)
 }
 
 impl<'a> CrlPlan<'a> {
@@ -94,6 +118,7 @@ impl<'a> CrlPlan<'a> {
             next_update: whole_seconds(now + lifetime),
             entries,
             url: None,
+            scope: CrlScope::All,
         }
     }
 }
@@ -105,13 +130,20 @@ pub fn build_crl(issuer: &Issuer, store: &dyn KeyStore, plan: &CrlPlan<'_>) -> R
     if plan.next_update <= plan.this_update {
         return Err(CrlError::Updates);
     }
+    if plan.url.is_none() && plan.scope != CrlScope::All {
+        return Err(CrlError::ScopeWithoutAddress);
+    }
     let params = rcgen::CertificateRevocationListParams {
         this_update: to_offset(plan.this_update),
         next_update: to_offset(plan.next_update),
         crl_number: rcgen::SerialNumber::from(plan.number),
         issuing_distribution_point: plan.url.map(|url| rcgen::CrlIssuingDistributionPoint {
-            distribution_point: rcgen::CrlDistributionPoint { uris: vec![url.to_owned()] },
-            scope: None,
+            distribution_point: rcgen::CrlDistributionPoint { uris: vec![url.as_str().to_owned()] },
+            scope: match plan.scope {
+                CrlScope::All => None,
+                CrlScope::UserCerts => Some(rcgen::CrlScope::UserCertsOnly),
+                CrlScope::CaCerts => Some(rcgen::CrlScope::CaCertsOnly),
+            },
         }),
         revoked_certs: revoked_params(plan.entries)?,
         // rcgen takes the CRL's AKI from here, not from the issuer's certificate.
@@ -128,7 +160,11 @@ pub fn build_crl(issuer: &Issuer, store: &dyn KeyStore, plan: &CrlPlan<'_>) -> R
             _ => encode(error),
         })?;
     let read = Crl::parse_verified(&der, issuer.certificate_der())?;
-    if read.number != plan.number || read.len() != plan.entries.len() {
+    let as_planned = read.number == plan.number
+        && read.len() == plan.entries.len()
+        && read.url.as_ref() == plan.url
+        && read.scope == plan.scope;
+    if !as_planned {
         return Err(CrlError::Encode("CRL does not read back as it was written".to_owned()));
     }
     match lint_crl(&der, issuer.certificate_der()).into_iter().next() {
@@ -160,6 +196,8 @@ pub struct Crl {
     this_update: UtcDateTime,
     next_update: UtcDateTime,
     issuer_key_id: KeyIdentifier,
+    url: Option<HttpUrl>,
+    scope: CrlScope,
     revoked: BTreeMap<SerialNumber, RevokedEntry>,
 }
 
@@ -188,7 +226,7 @@ impl Crl {
         crl.verify_signature(issuer.public_key()).map_err(|_| CrlError::Signature)?;
         // The second opinion: what rustls makes of it.
         webpki::BorrowedCertRevocationList::from_der(der).map_err(|_| CrlError::Malformed)?;
-        let issuer_key_id = check_extensions(&crl)?;
+        let (issuer_key_id, url, scope) = check_extensions(&crl)?;
         if Some(&issuer_key_id) != issuer_extensions.subject_key_id.as_ref() {
             return Err(CrlError::OtherIssuer);
         }
@@ -199,7 +237,7 @@ impl Crl {
         if next_update <= this_update {
             return Err(CrlError::Updates);
         }
-        Ok(Self { number, this_update, next_update, issuer_key_id, revoked: read_entries(&crl)? })
+        Ok(Self { number, this_update, next_update, issuer_key_id, url, scope, revoked: read_entries(&crl)? })
     }
 
     /// cRLNumber.
@@ -222,7 +260,18 @@ impl Crl {
         &self.issuer_key_id
     }
 
-    /// Whether the certificate with this serial, of this CRL's issuer, is revoked.
+    /// Address of the issuing distribution point. With one, the CRL speaks only for certificates that name the same.
+    pub fn url(&self) -> Option<&HttpUrl> {
+        self.url.as_ref()
+    }
+
+    /// Which certificates it covers.
+    pub fn scope(&self) -> CrlScope {
+        self.scope
+    }
+
+    /// Whether the certificate with this serial, of this CRL's issuer, is revoked. `false` says something only of a
+    /// certificate that the CRL covers.
     pub fn contains(&self, serial: &SerialNumber) -> bool {
         self.revoked.contains_key(serial)
     }
@@ -244,8 +293,11 @@ impl Crl {
 }
 
 /// Refuses what would change the meaning of a CRL; returns the authority key identifier.
-fn check_extensions(crl: &CertificateRevocationList<'_>) -> Result<KeyIdentifier, CrlError> {
-    let mut key_id = None;
+/// Key identifier, address and scope.
+fn check_extensions(
+    crl: &CertificateRevocationList<'_>,
+) -> Result<(KeyIdentifier, Option<HttpUrl>, CrlScope), CrlError> {
+    let (mut key_id, mut url, mut scope) = (None, None, CrlScope::All);
     for (index, extension) in crl.extensions().iter().enumerate() {
         let refuse = || CrlError::Extension(extension.oid.to_id_string());
         if crl.extensions()[..index].iter().any(|other| other.oid == extension.oid) {
@@ -257,19 +309,32 @@ fn check_extensions(crl: &CertificateRevocationList<'_>) -> Result<KeyIdentifier
             }
             ParsedExtension::CRLNumber(_) => {}
             ParsedExtension::IssuingDistributionPoint(point) => {
-                let partial = point.only_contains_user_certs
-                    || point.only_contains_ca_certs
-                    || point.only_contains_attribute_certs
-                    || point.indirect_crl
-                    || point.only_some_reasons.is_some();
-                if partial {
-                    return Err(refuse());
-                }
+                (url, scope) = read_point(point).ok_or_else(refuse)?;
             }
             _ => return Err(refuse()),
         }
     }
-    key_id.ok_or(CrlError::OtherIssuer)
+    Ok((key_id.ok_or(CrlError::OtherIssuer)?, url, scope))
+}
+
+/// `None` for the forms that are not taken: indirect, by reason, for attribute certificates, without one plain address.
+fn read_point(point: &IssuingDistributionPoint<'_>) -> Option<(Option<HttpUrl>, CrlScope)> {
+    if point.only_contains_attribute_certs || point.indirect_crl || point.only_some_reasons.is_some() {
+        return None;
+    }
+    let scope = match (point.only_contains_user_certs, point.only_contains_ca_certs) {
+        (false, false) => CrlScope::All,
+        (true, false) => CrlScope::UserCerts,
+        (false, true) => CrlScope::CaCerts,
+        (true, true) => return None,
+    };
+    match &point.distribution_point {
+        Some(DistributionPointName::FullName(names)) => match names.as_slice() {
+            [GeneralName::URI(url)] => Some((Some(HttpUrl::parse(url).ok()?), scope)),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 fn read_entries(
@@ -289,4 +354,19 @@ fn read_entries(
         }
     }
     Ok(revoked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_leaves_after_one_crl_made_past_its_expiry() {
+        let end = time::macros::utc_datetime!(2026-11-22 12:00);
+        let second = Duration::from_secs(1);
+        assert!(stays_listed(end, None));
+        assert!(stays_listed(end, Some(end - second)));
+        assert!(stays_listed(end, Some(end)));
+        assert!(!stays_listed(end, Some(end + second)));
+    }
 }

@@ -11,7 +11,8 @@ use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Version;
 
 use crate::identity::{DnsName, NameError};
-use crate::key::{KeyAlgorithm, KeyError, LeafKey, PublicKey};
+use crate::key::{KeyAlgorithm, KeyError, PublicKey};
+use crate::private::LeafKey;
 
 /// Largest CSR, in bytes, PEM or DER.
 pub const CSR_BYTES_MAX: usize = 16 * 1024;

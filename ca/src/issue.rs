@@ -1,37 +1,27 @@
-//! Making certificates: root, issuing CA, leaves.
+//! Issuing leaves: an issuing CA bound to its key, and what it signs.
 
 use std::time::Duration;
 
-use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType,
-};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
 use rustls_pki_types::CertificateDer;
-use sha2::{Digest as _, Sha256};
 use time::UtcDateTime;
 
 use crate::csr::VerifiedCsr;
+use crate::extension::{add_no_rev_avail, add_pointers};
 use crate::identity::TrustDomain;
-use crate::instant::{CLOCK_SKEW_ALLOWANCE, from_asn1, to_offset, to_unix, whole_seconds};
-use crate::key::{KeyAlgorithm, LeafKey, PublicKey};
+use crate::instant::{from_asn1, to_offset, to_unix, whole_seconds};
+use crate::key::{KeyAlgorithm, PublicKey};
 use crate::keystore::{KeyId, KeyStore, KeyStoreError, StoredSigner};
 use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
-use crate::lint::{Finding, lint_ca, lint_leaf};
+use crate::lint::{Finding, lint_leaf};
+use crate::private::LeafKey;
 use crate::profile::Profile;
 use crate::serial::SerialNumber;
-use crate::template::{LeafTemplate, TemplateError};
+use crate::template::{LeafTemplate, SubjectForm, TemplateError};
 use crate::wireguard;
 
-/// Validity of a root without backdating: 3652 days, ten years.
-pub const ROOT_LIFETIME: Duration = Duration::from_secs(3652 * 24 * 3600);
-
-/// Validity of an issuing CA without backdating: 730 days, two years.
-pub const ISSUING_CA_LIFETIME: Duration = Duration::from_secs(730 * 24 * 3600);
-
 /// Shortest validity that is still issued once it was cut to the issuer's, in seconds: 60.
-const LEAF_VALIDITY_MIN: Duration = Duration::from_secs(60);
-
-/// Longest mesh name in a CA's subject, in bytes; the rest of a common name takes 27 of its 64.
-const MESH_NAME_BYTES_MAX: usize = 32;
+pub(crate) const LEAF_VALIDITY_MIN: Duration = Duration::from_secs(60);
 
 /// Why nothing was issued. What had been signed by then, if anything, has been dropped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,7 +34,7 @@ pub enum IssueError {
     IssuerKeyAsLeaf,
     #[error("issuer's certificate ends at {0}, too soon for a leaf")]
     IssuerEnds(UtcDateTime),
-    #[error("mesh name is not 1 to {MESH_NAME_BYTES_MAX} printable ASCII characters")]
+    #[error("mesh name is not 1 to {} printable ASCII characters", crate::hierarchy::MESH_NAME_BYTES_MAX)]
     MeshName,
     #[error("issuer's certificate is not a CA's, or cannot be read")]
     NotCa,
@@ -52,6 +42,12 @@ pub enum IssueError {
     OtherKey(KeyId),
     #[error("issuer may not sign another CA")]
     PathLength,
+    #[error("issuer's name cannot be reproduced byte for byte")]
+    IssuerName,
+    #[error("new CAs have ECDSA P-256, P-384 or Ed25519 keys, not {0}")]
+    CaKey(KeyAlgorithm),
+    #[error("certificate to cross-sign is not a CA's of this authority")]
+    CrossSubject,
     #[error("key store failed")]
     KeyStore(#[source] KeyStoreError),
     #[error("certificate cannot be encoded: {0}")]
@@ -77,37 +73,17 @@ pub struct IssuedCertificate {
     pub crl_shard: u16,
 }
 
-/// A CA certificate that was just signed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CaCertificate {
-    pub der: Vec<u8>,
-    pub serial: SerialNumber,
-    pub not_before: UtcDateTime,
-    pub not_after: UtcDateTime,
-    /// SHA-256 of the DER SubjectPublicKeyInfo: the pin of a root.
-    pub key_hash: [u8; 32],
-}
-
-/// What a CA is called and from when it counts.
-#[derive(Debug, Clone, Copy)]
-pub struct CaNaming<'a> {
-    /// Name of the mesh, for example `prod-eu`; 1 to 32 printable ASCII characters.
-    pub mesh: &'a str,
-    /// The moment of making; notBefore is this less [`CLOCK_SKEW_ALLOWANCE`].
-    pub now: UtcDateTime,
-}
-
 /// A CA certificate bound to its key in a [`KeyStore`].
 #[derive(Debug, Clone)]
 pub struct Issuer {
     certificate: CertificateDer<'static>,
     key_id: KeyId,
-    public: PublicKey,
+    pub(crate) public: PublicKey,
     key_identifier: KeyIdentifier,
     domain: TrustDomain,
-    not_before: UtcDateTime,
-    not_after: UtcDateTime,
-    path_len: Option<u32>,
+    pub(crate) not_before: UtcDateTime,
+    pub(crate) not_after: UtcDateTime,
+    pub(crate) path_len: Option<u32>,
 }
 
 impl Issuer {
@@ -115,7 +91,8 @@ impl Issuer {
     ///
     /// # Errors
     /// [`IssueError::NotCa`] unless it is a CA's with keyCertSign, cRLSign and a key identifier;
-    /// [`IssueError::OtherKey`] if the key does not belong to it.
+    /// [`IssueError::OtherKey`] if the key does not belong to it; [`IssueError::IssuerName`] if its subject would not
+    /// stand byte for byte as the issuer of what it signs (RFC 5280 §4.1.2.4).
     pub fn new(
         certificate_der: &[u8],
         key_id: KeyId,
@@ -128,10 +105,10 @@ impl Issuer {
             return Err(IssueError::NotCa);
         }
         let public = store.public_key(&key_id).map_err(IssueError::KeyStore)?;
-        if certificate.public_key().raw != public.spki_der() || public.algorithm() != KeyAlgorithm::EcdsaP256
-        {
+        if certificate.public_key().raw != public.spki_der() {
             return Err(IssueError::OtherKey(key_id));
         }
+        check_name_reproducible(certificate_der, &public)?;
         Ok(Self {
             key_identifier: extensions.subject_key_id.ok_or(IssueError::NotCa)?,
             path_len: extensions.path_len,
@@ -180,7 +157,17 @@ impl Issuer {
         rcgen::Issuer::from_ca_cert_der(&self.certificate, signer)
     }
 
-    fn sign(
+    /// The public key.
+    pub fn public_key(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// Start of the CA certificate's validity: nothing it signs begins before.
+    pub fn not_before(&self) -> UtcDateTime {
+        self.not_before
+    }
+
+    pub(crate) fn sign(
         &self,
         store: &dyn KeyStore,
         params: &CertificateParams,
@@ -193,6 +180,38 @@ impl Issuer {
             .map(|certificate| certificate.der().to_vec())
             .map_err(|error| signing_error(&signer, &error))
     }
+}
+
+/// rcgen keeps a name as parsed strings in a map: it loses repeated attributes, and refuses sets of several.
+pub(crate) fn check_name_reproducible(certificate_der: &[u8], public: &PublicKey) -> Result<(), IssueError> {
+    /// Signs nothing: only the issuer field of what comes out is looked at.
+    struct Blank<'a>(&'a PublicKey);
+    impl rcgen::PublicKeyData for Blank<'_> {
+        fn der_bytes(&self) -> &[u8] {
+            self.0.as_rcgen().der_bytes()
+        }
+        fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+            self.0.algorithm().signature()
+        }
+    }
+    impl rcgen::SigningKey for Blank<'_> {
+        fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+            Ok(vec![0])
+        }
+    }
+    let certificate = parse_certificate(certificate_der).ok_or(IssueError::NotCa)?;
+    let subject = certificate.subject();
+    // An empty set makes rcgen panic.
+    if subject.iter().next().is_none() || subject.iter().any(|set| set.iter().next().is_none()) {
+        return Err(IssueError::IssuerName);
+    }
+    let issuer = rcgen::Issuer::from_ca_cert_der(&CertificateDer::from(certificate_der), Blank(public))
+        .map_err(|_| IssueError::IssuerName)?;
+    let mut params = CertificateParams::default();
+    params.serial_number = Some(rcgen::SerialNumber::from(1_u64));
+    let probe = params.signed_by(public.as_rcgen(), &issuer).map_err(|_| IssueError::IssuerName)?;
+    let probe = parse_certificate(probe.der()).ok_or(IssueError::IssuerName)?;
+    if probe.issuer().as_raw() == subject.as_raw() { Ok(()) } else { Err(IssueError::IssuerName) }
 }
 
 pub(crate) fn signing_error(signer: &StoredSigner<'_>, error: &rcgen::Error) -> IssueError {
@@ -304,7 +323,7 @@ fn leaf_params(template: &LeafTemplate, domain: &TrustDomain) -> Result<Certific
     // empty, and rcgen then makes the SAN critical (RFC 5280 §4.1.2.6).
     params.distinguished_name = rcgen::DistinguishedName::new();
     let name = template.dns.first().map(|name| name.as_str().to_owned()).or(uri);
-    if let Some(name) = name.filter(|name| name.len() <= 64) {
+    if let Some(name) = name.filter(|name| template.subject == SubjectForm::CommonName && name.len() <= 64) {
         params.distinguished_name.push(DnType::CommonName, name);
     }
     params.is_ca = IsCa::ExplicitNoCa;
@@ -322,8 +341,12 @@ fn leaf_params(template: &LeafTemplate, domain: &TrustDomain) -> Result<Certific
             .custom_extensions
             .push(rcgen::CustomExtension::from_oid_content(&wireguard::WIREGUARD_KEYS_OID, content));
     }
-    if let Some(url) = &template.crl_url {
-        params.crl_distribution_points = vec![rcgen::CrlDistributionPoint { uris: vec![url.clone()] }];
+    for usage in &template.extra_usages {
+        params.extended_key_usages.push(ExtendedKeyUsagePurpose::Other(usage.oid().to_vec()));
+    }
+    add_pointers(&mut params, &template.pointers).map_err(|error| IssueError::Encode(error.to_string()))?;
+    if template.no_rev_avail {
+        add_no_rev_avail(&mut params);
     }
     params.use_authority_key_identifier_extension = true;
     Ok(params)
@@ -360,7 +383,7 @@ fn recheck_leaf(
     }
 }
 
-fn recheck_signature(der: &[u8], issuer_der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
+pub(crate) fn recheck_signature(der: &[u8], issuer_der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
     let unreadable = || IssueError::Recheck("certificate cannot be read back".to_owned());
     let certificate = parse_certificate(der).ok_or_else(unreadable)?;
     let issuer = parse_certificate(issuer_der).ok_or_else(unreadable)?;
@@ -379,105 +402,4 @@ impl webpki::ExtendedKeyUsageValidator for AnyPurpose {
     fn validate(&self, _: webpki::KeyPurposeIdIter<'_, '_>) -> Result<(), webpki::Error> {
         Ok(())
     }
-}
-
-/// Makes the self-signed root for the key `key_id` of `store`: P-256, [`ROOT_LIFETIME`].
-///
-/// Blocks while the key store signs.
-pub fn create_root(
-    store: &dyn KeyStore,
-    key_id: &KeyId,
-    naming: CaNaming<'_>,
-    rng: &mut dyn FnMut(&mut [u8]),
-) -> Result<CaCertificate, IssueError> {
-    let public = store.public_key(key_id).map_err(IssueError::KeyStore)?;
-    let not_before = whole_seconds(naming.now - CLOCK_SKEW_ALLOWANCE);
-    let not_after = whole_seconds(naming.now + ROOT_LIFETIME);
-    let serial = SerialNumber::random(rng);
-    let params = CaParams { kind: "root CA", naming, public: &public, serial, not_before, not_after }
-        .build(BasicConstraints::Unconstrained)?;
-    let signer = StoredSigner::new(store, key_id, &public);
-    let der = params.self_signed(&signer).map_err(|error| signing_error(&signer, &error))?.der().to_vec();
-    recheck_signature(&der, &der, &public)?;
-    finish_ca(der.clone(), &der, serial, not_before, not_after, &public)
-}
-
-/// Makes an issuing CA under `root` for the key `key_id` of `store`: P-256, [`ISSUING_CA_LIFETIME`] cut to the root's,
-/// path length 0.
-///
-/// Blocks while the key store signs.
-pub fn create_issuing_ca(
-    root: &Issuer,
-    store: &dyn KeyStore,
-    key_id: &KeyId,
-    naming: CaNaming<'_>,
-    rng: &mut dyn FnMut(&mut [u8]),
-) -> Result<CaCertificate, IssueError> {
-    if root.path_len == Some(0) {
-        return Err(IssueError::PathLength);
-    }
-    let public = store.public_key(key_id).map_err(IssueError::KeyStore)?;
-    if public == root.public {
-        return Err(IssueError::IssuerKeyAsLeaf);
-    }
-    let not_before = whole_seconds(naming.now - CLOCK_SKEW_ALLOWANCE).max(root.not_before);
-    let not_after = whole_seconds(naming.now + ISSUING_CA_LIFETIME).min(root.not_after);
-    if not_after - not_before < LEAF_VALIDITY_MIN {
-        return Err(IssueError::IssuerEnds(root.not_after));
-    }
-    let serial = SerialNumber::random(rng);
-    let mut params = CaParams { kind: "issuing CA", naming, public: &public, serial, not_before, not_after }
-        .build(BasicConstraints::Constrained(0))?;
-    params.use_authority_key_identifier_extension = true;
-    let der = root.sign(store, &params, &public)?;
-    recheck_signature(&der, root.certificate_der(), &public)?;
-    finish_ca(der, root.certificate_der(), serial, not_before, not_after, &public)
-}
-
-struct CaParams<'a> {
-    kind: &'a str,
-    naming: CaNaming<'a>,
-    public: &'a PublicKey,
-    serial: SerialNumber,
-    not_before: UtcDateTime,
-    not_after: UtcDateTime,
-}
-
-impl CaParams<'_> {
-    fn build(&self, constraints: BasicConstraints) -> Result<CertificateParams, IssueError> {
-        let mesh = self.naming.mesh;
-        if mesh.is_empty()
-            || mesh.len() > MESH_NAME_BYTES_MAX
-            || !mesh.bytes().all(|b| matches!(b, b' '..=b'~'))
-        {
-            return Err(IssueError::MeshName);
-        }
-        // A new key gets a new subject, so that chains of two CAs are never mixed up (RFC 5280 §4.1.2.4, §6.1.3).
-        let tag = hex::encode(&Sha256::digest(self.public.spki_der())[..3]);
-        let name = format!("{mesh} {} {} {tag}", self.kind, self.naming.now.date());
-        let mut params = CertificateParams::default();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(constraints);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params.not_before = to_offset(self.not_before);
-        params.not_after = to_offset(self.not_after);
-        params.serial_number = Some(rcgen::SerialNumber::from_slice(self.serial.as_bytes()));
-        params.key_identifier_method = self.public.key_identifier();
-        Ok(params)
-    }
-}
-
-fn finish_ca(
-    der: Vec<u8>,
-    issuer_der: &[u8],
-    serial: SerialNumber,
-    not_before: UtcDateTime,
-    not_after: UtcDateTime,
-    public: &PublicKey,
-) -> Result<CaCertificate, IssueError> {
-    if let Some(finding) = lint_ca(&der, issuer_der).into_iter().next() {
-        return Err(IssueError::Lint(finding));
-    }
-    Ok(CaCertificate { der, serial, not_before, not_after, key_hash: public.key_hash() })
 }

@@ -1,22 +1,13 @@
-//! Public keys that may be certified, and the key pair of a leaf.
+//! Public keys that may be certified.
 
 use std::fmt;
 
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
+use std::str::FromStr;
+
 use der::asn1::UintRef;
 use der::{Decode as _, Reader as _};
 use rcgen::PublicKeyData as _;
-use rustls::sign::CertifiedKey;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use sha2::{Digest as _, Sha256};
-use zeroize::{Zeroize as _, Zeroizing};
-
-/// Label of a PEM block with a PKCS #8 key. RFC 7468 §10.
-const PKCS8_LABEL: &str = "PRIVATE KEY";
-
-/// Largest PEM text of a private key, in bytes.
-const KEY_PEM_BYTES_MAX: usize = 16 * 1024;
 
 /// Largest SubjectPublicKeyInfo, in bytes; RSA 4096 needs 550.
 const SPKI_BYTES_MAX: usize = 1024;
@@ -24,9 +15,10 @@ const SPKI_BYTES_MAX: usize = 1024;
 /// Smallest and largest RSA modulus, in bits.
 const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=4096;
 
-/// Key types that are certified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// Key types that are certified. Written `ecdsa-p256`, `ecdsa-p384`, `ed25519`, `rsa-2048`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum KeyAlgorithm {
+    #[default]
     EcdsaP256,
     EcdsaP384,
     Ed25519,
@@ -34,6 +26,79 @@ pub enum KeyAlgorithm {
     Rsa {
         bits: u16,
     },
+}
+
+/// A text that names no key type.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown key type {0:?}; ecdsa-p256, ecdsa-p384, ed25519 and rsa-2048 to rsa-4096 are known")]
+pub struct UnknownKeyAlgorithm(pub String);
+
+impl KeyAlgorithm {
+    /// The types that are generated here.
+    pub const GENERATED: [Self; 6] = [
+        Self::EcdsaP256,
+        Self::EcdsaP384,
+        Self::Ed25519,
+        Self::Rsa { bits: 2048 },
+        Self::Rsa { bits: 3072 },
+        Self::Rsa { bits: 4096 },
+    ];
+
+    /// Whether a CA made here may have such a key; an imported CA may also have an RSA key.
+    pub fn permits_new_ca(self) -> bool {
+        !matches!(self, Self::Rsa { .. })
+    }
+
+    /// What such a key signs certificates, CRLs and OCSP responses with: ECDSA with SHA-256 or SHA-384 (RFC 5758 §3.2),
+    /// Ed25519 (RFC 8410 §3), RSA PKCS #1 v1.5 with SHA-256 (RFC 4055 §5).
+    pub(crate) fn signature(self) -> &'static rcgen::SignatureAlgorithm {
+        match self {
+            Self::EcdsaP256 => &rcgen::PKCS_ECDSA_P256_SHA256,
+            Self::EcdsaP384 => &rcgen::PKCS_ECDSA_P384_SHA384,
+            Self::Ed25519 => &rcgen::PKCS_ED25519,
+            Self::Rsa { .. } => &rcgen::PKCS_RSA_SHA256,
+        }
+    }
+
+    /// Object identifier of [`signature`](Self::signature), and whether its parameters are NULL instead of absent.
+    pub(crate) fn signature_oid(self) -> (&'static str, bool) {
+        match self {
+            Self::EcdsaP256 => ("1.2.840.10045.4.3.2", false),
+            Self::EcdsaP384 => ("1.2.840.10045.4.3.3", false),
+            Self::Ed25519 => ("1.3.101.112", false),
+            Self::Rsa { .. } => ("1.2.840.113549.1.1.11", true),
+        }
+    }
+}
+
+impl fmt::Display for KeyAlgorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EcdsaP256 => f.write_str("ecdsa-p256"),
+            Self::EcdsaP384 => f.write_str("ecdsa-p384"),
+            Self::Ed25519 => f.write_str("ed25519"),
+            Self::Rsa { bits } => write!(f, "rsa-{bits}"),
+        }
+    }
+}
+
+impl FromStr for KeyAlgorithm {
+    type Err = UnknownKeyAlgorithm;
+    fn from_str(text: &str) -> Result<Self, UnknownKeyAlgorithm> {
+        let unknown = || UnknownKeyAlgorithm(text.to_owned());
+        match text {
+            "ecdsa-p256" => Ok(Self::EcdsaP256),
+            "ecdsa-p384" => Ok(Self::EcdsaP384),
+            "ed25519" => Ok(Self::Ed25519),
+            _ => {
+                let bits: u16 =
+                    text.strip_prefix("rsa-").and_then(|bits| bits.parse().ok()).ok_or_else(unknown)?;
+                let written = Self::Rsa { bits };
+                let sized = RSA_BITS.contains(&usize::from(bits)) && bits.is_multiple_of(8);
+                if sized && written.to_string() == text { Ok(written) } else { Err(unknown()) }
+            }
+        }
+    }
 }
 
 /// Why a key is not taken.
@@ -55,8 +120,10 @@ pub enum KeyError {
     RsaEncoding,
     #[error("private key is not one PEM block of PKCS #8")]
     PrivatePem,
-    #[error("private key is not an ECDSA P-256 key")]
+    #[error("private key is not an ECDSA P-256, P-384, Ed25519 or RSA key")]
     PrivateKey,
+    #[error("RSA keys are generated with 2048, 3072 or 4096 bits, not {0}")]
+    RsaGeneration(u16),
     #[error("key pair cannot be generated")]
     Generate,
 }
@@ -169,118 +236,10 @@ fn read_rsa(bits: &[u8]) -> der::Result<(UintRef<'_>, UintRef<'_>)> {
     reader.finish(pair)
 }
 
-/// The ECDSA P-256 key pair of a leaf. It is born where it is used and never leaves the host; it cannot be printed.
-pub struct LeafKey {
-    pair: EcdsaKeyPair,
-    pkcs8: Zeroizing<Vec<u8>>,
-    public: PublicKey,
-}
-
-impl LeafKey {
-    /// Draws a new key pair from aws-lc's generator.
-    pub fn generate() -> Result<Self, KeyError> {
-        let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new())
-            .map_err(|_| KeyError::Generate)?;
-        Self::from_pkcs8_der(pkcs8.as_ref())
-    }
-
-    /// Reads a DER PKCS #8 key.
-    pub fn from_pkcs8_der(pkcs8: &[u8]) -> Result<Self, KeyError> {
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, pkcs8)
-            .map_err(|_| KeyError::PrivateKey)?;
-        let public = p256_public_key(&pair).ok_or(KeyError::PrivateKey)?;
-        Ok(Self { pair, pkcs8: Zeroizing::new(pkcs8.to_vec()), public })
-    }
-
-    /// Reads one PEM block `PRIVATE KEY` (RFC 7468 §10).
-    pub fn from_pkcs8_pem(text: &str) -> Result<Self, KeyError> {
-        if text.len() > KEY_PEM_BYTES_MAX {
-            return Err(KeyError::PrivatePem);
-        }
-        let block = pem::parse(text).map_err(|_| KeyError::PrivatePem)?;
-        let labelled = block.tag() == PKCS8_LABEL;
-        let contents = Zeroizing::new(block.into_contents());
-        if labelled { Self::from_pkcs8_der(&contents) } else { Err(KeyError::PrivatePem) }
-    }
-
-    /// The key as a PEM block `PRIVATE KEY`, wiped when dropped.
-    pub fn to_pkcs8_pem(&self) -> Zeroizing<String> {
-        let block = pem::Pem::new(PKCS8_LABEL, self.pkcs8.to_vec());
-        let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
-        let text = Zeroizing::new(pem::encode_config(&block, config));
-        block.into_contents().zeroize();
-        text
-    }
-
-    /// The DER PKCS #8 key.
-    pub fn to_pkcs8_der(&self) -> Zeroizing<Vec<u8>> {
-        self.pkcs8.clone()
-    }
-
-    /// The public half.
-    pub fn public_key(&self) -> &PublicKey {
-        &self.public
-    }
-
-    /// SHA-256 of the DER SubjectPublicKeyInfo.
-    pub fn key_hash(&self) -> [u8; 32] {
-        self.public.key_hash()
-    }
-
-    /// The key in rustls's form.
-    pub fn to_rustls_der(&self) -> PrivateKeyDer<'static> {
-        PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.pkcs8.to_vec()))
-    }
-
-    /// `chain` (leaf first) with this key, ready for a rustls certificate resolver.
-    ///
-    /// # Errors
-    /// [`rustls::Error::InconsistentKeys`] if the leaf holds another key.
-    pub fn certified(&self, chain: Vec<CertificateDer<'static>>) -> Result<CertifiedKey, rustls::Error> {
-        let signing = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&self.to_rustls_der())?;
-        let certified = CertifiedKey::new(chain, signing);
-        certified.keys_match()?;
-        Ok(certified)
-    }
-}
-
-impl fmt::Debug for LeafKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "LeafKey({:?})", self.public)
-    }
-}
-
-impl rcgen::PublicKeyData for LeafKey {
-    fn der_bytes(&self) -> &[u8] {
-        self.public.as_rcgen().der_bytes()
-    }
-
-    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-        &rcgen::PKCS_ECDSA_P256_SHA256
-    }
-}
-
-impl rcgen::SigningKey for LeafKey {
-    fn sign(&self, msg: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        sign_p256(&self.pair, msg).ok_or(rcgen::Error::RemoteKeyError)
-    }
-}
-
-/// The public half of `pair` as a checked key.
-pub(crate) fn p256_public_key(pair: &EcdsaKeyPair) -> Option<PublicKey> {
-    use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
-    let der: PublicKeyX509Der<'_> = pair.public_key().as_der().ok()?;
-    PublicKey::from_spki_der(der.as_ref()).ok()
-}
-
-/// ECDSA with SHA-256, the signature in DER (RFC 5480 §4).
-pub(crate) fn sign_p256(pair: &EcdsaKeyPair, message: &[u8]) -> Option<Vec<u8>> {
-    pair.sign(&SystemRandom::new(), message).ok().map(|signature| signature.as_ref().to_vec())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::private::LeafKey;
     use rcgen::KeyPair;
 
     #[test]
@@ -318,22 +277,14 @@ mod tests {
     }
 
     #[test]
-    fn a_leaf_key_survives_pem_and_cannot_be_printed() {
-        let key = LeafKey::generate().unwrap();
-        let text = key.to_pkcs8_pem();
-        assert!(text.starts_with("-----BEGIN PRIVATE KEY-----\n"));
-        assert_eq!(LeafKey::from_pkcs8_pem(&text).unwrap().key_hash(), key.key_hash());
-        let shown = format!("{key:?}");
-        assert!(shown.starts_with("LeafKey(PublicKey("), "{shown}");
-        assert!(!shown.contains(&hex::encode(&key.pkcs8[36..60])));
-    }
-
-    #[test]
-    fn other_private_keys_are_refused() {
-        assert_eq!(LeafKey::from_pkcs8_pem("").unwrap_err(), KeyError::PrivatePem);
-        let p384 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
-        assert_eq!(LeafKey::from_pkcs8_pem(&p384.serialize_pem()).unwrap_err(), KeyError::PrivateKey);
-        let relabelled = LeafKey::generate().unwrap().to_pkcs8_pem().replace("PRIVATE KEY", "CERTIFICATE");
-        assert_eq!(LeafKey::from_pkcs8_pem(&relabelled).unwrap_err(), KeyError::PrivatePem);
+    fn names_of_key_types_read_back() {
+        for algorithm in KeyAlgorithm::GENERATED {
+            assert_eq!(algorithm.to_string().parse(), Ok(algorithm));
+        }
+        for text in
+            ["", "p256", "rsa", "rsa-1024", "rsa-02048", "rsa-+2048", "rsa-2050", "rsa-8192", "RSA-2048"]
+        {
+            assert_eq!(text.parse::<KeyAlgorithm>(), Err(UnknownKeyAlgorithm(text.to_owned())));
+        }
     }
 }

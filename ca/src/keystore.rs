@@ -1,14 +1,14 @@
 //! Where the authority's own keys are and how they sign.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::str::FromStr;
 
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 use zeroize::Zeroizing;
 
-use crate::key::{PublicKey, p256_public_key, sign_p256};
+use crate::key::{KeyAlgorithm, KeyError, PublicKey};
+use crate::private::KeyPair;
 
 /// Name of a key of the authority, for example `root-9f2c1d`: 1 to 64 lower-case letters, digits, hyphens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,19 +55,23 @@ pub enum KeyStoreError {
     UnknownKey(KeyId),
     #[error("key {0} is already there")]
     Occupied(KeyId),
-    #[error("key {0} is not an ECDSA P-256 key in PKCS #8")]
+    #[error("key {0} is not a key in PKCS #8 of a type that a CA may have")]
     BadKey(KeyId),
     #[error("key {0} cannot sign")]
     Sign(KeyId),
     #[error("key cannot be generated")]
-    Generate,
+    Generate(#[source] KeyError),
+    #[error("hardware token that holds key {key_id} refuses: {what}")]
+    Token { key_id: KeyId, what: String },
 }
 
-/// Signs with the authority's keys (ECDSA P-256, SHA-256).
+/// Signs with the authority's keys. The key's type fixes the algorithm: ECDSA P-256 with SHA-256, P-384 with SHA-384
+/// (RFC 5758 §3.2), Ed25519 (RFC 8410), RSA PKCS #1 v1.5 with SHA-256 (RFC 4055 §5).
 ///
 /// Calls block, possibly on hardware: run them on a bounded blocking pool, never on an async worker.
 pub trait KeyStore: Send + Sync {
-    /// The DER signature of `key_id` over `tbs`, the DER of what is to be signed.
+    /// The signature of `key_id` over `tbs`, the DER of what is to be signed: DER for ECDSA (RFC 5480 §4), plain octets
+    /// otherwise.
     fn sign(&self, key_id: &KeyId, tbs: &[u8]) -> Result<Vec<u8>, KeyStoreError>;
 
     /// The public half of `key_id`.
@@ -77,7 +81,7 @@ pub trait KeyStore: Send + Sync {
 /// Keys held in this process's memory, as unsealed from disk.
 #[derive(Default)]
 pub struct MemoryKeyStore {
-    keys: BTreeMap<KeyId, (EcdsaKeyPair, PublicKey)>,
+    keys: BTreeMap<KeyId, KeyPair>,
 }
 
 impl MemoryKeyStore {
@@ -86,25 +90,38 @@ impl MemoryKeyStore {
         Self::default()
     }
 
-    /// Draws a key pair, keeps it as `key_id` and hands out its PKCS #8 DER, to be sealed.
+    /// Draws an ECDSA P-256 key pair, keeps it as `key_id` and hands out its PKCS #8 DER, to be sealed.
     pub fn generate(&mut self, key_id: KeyId) -> Result<Zeroizing<Vec<u8>>, KeyStoreError> {
-        let document = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new())
-            .map_err(|_| KeyStoreError::Generate)?;
-        let pkcs8 = Zeroizing::new(document.as_ref().to_vec());
-        self.insert_pkcs8(key_id, &pkcs8)?;
+        self.generate_for(key_id, KeyAlgorithm::EcdsaP256)
+    }
+
+    /// Draws a key pair of a type, keeps it as `key_id` and hands out its PKCS #8 DER, to be sealed.
+    pub fn generate_for(
+        &mut self,
+        key_id: KeyId,
+        algorithm: KeyAlgorithm,
+    ) -> Result<Zeroizing<Vec<u8>>, KeyStoreError> {
+        let pair = KeyPair::generate(algorithm).map_err(KeyStoreError::Generate)?;
+        let pkcs8 = pair.pkcs8_der().clone();
+        self.insert(key_id, pair)?;
         Ok(pkcs8)
     }
 
-    /// Takes a DER PKCS #8 key, usually fresh from [`unseal`](crate::unseal).
+    /// Takes a DER PKCS #8 key, usually fresh from [`unseal`](crate::unseal): P-256, P-384, Ed25519, or an imported CA's
+    /// RSA key of 2048 to 4096 bits.
     pub fn insert_pkcs8(&mut self, key_id: KeyId, pkcs8: &[u8]) -> Result<(), KeyStoreError> {
-        if self.keys.contains_key(&key_id) {
-            return Err(KeyStoreError::Occupied(key_id));
+        let pair = KeyPair::from_pkcs8_der(pkcs8).map_err(|_| KeyStoreError::BadKey(key_id.clone()))?;
+        self.insert(key_id, pair)
+    }
+
+    fn insert(&mut self, key_id: KeyId, pair: KeyPair) -> Result<(), KeyStoreError> {
+        match self.keys.entry(key_id) {
+            Entry::Occupied(taken) => Err(KeyStoreError::Occupied(taken.key().clone())),
+            Entry::Vacant(free) => {
+                free.insert(pair);
+                Ok(())
+            }
         }
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, pkcs8)
-            .map_err(|_| KeyStoreError::BadKey(key_id.clone()))?;
-        let public = p256_public_key(&pair).ok_or_else(|| KeyStoreError::BadKey(key_id.clone()))?;
-        self.keys.insert(key_id, (pair, public));
-        Ok(())
     }
 
     /// Forgets a key, for example the root's once its CRL is signed.
@@ -112,18 +129,18 @@ impl MemoryKeyStore {
         self.keys.remove(key_id).is_some()
     }
 
-    fn key(&self, key_id: &KeyId) -> Result<&(EcdsaKeyPair, PublicKey), KeyStoreError> {
+    fn key(&self, key_id: &KeyId) -> Result<&KeyPair, KeyStoreError> {
         self.keys.get(key_id).ok_or_else(|| KeyStoreError::UnknownKey(key_id.clone()))
     }
 }
 
 impl KeyStore for MemoryKeyStore {
     fn sign(&self, key_id: &KeyId, tbs: &[u8]) -> Result<Vec<u8>, KeyStoreError> {
-        sign_p256(&self.key(key_id)?.0, tbs).ok_or_else(|| KeyStoreError::Sign(key_id.clone()))
+        self.key(key_id)?.sign(tbs).ok_or_else(|| KeyStoreError::Sign(key_id.clone()))
     }
 
     fn public_key(&self, key_id: &KeyId) -> Result<PublicKey, KeyStoreError> {
-        Ok(self.key(key_id)?.1.clone())
+        Ok(self.key(key_id)?.public_key().clone())
     }
 }
 
@@ -159,8 +176,7 @@ impl rcgen::PublicKeyData for StoredSigner<'_> {
     }
 
     fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-        // `Issuer::new` and the makers of CA certificates take no other key.
-        &rcgen::PKCS_ECDSA_P256_SHA256
+        self.public.algorithm().signature()
     }
 }
 

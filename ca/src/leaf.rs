@@ -11,7 +11,7 @@ use x509_parser::prelude::FromDer as _;
 use crate::identity::{DnsName, Identity, NameError, TrustDomain};
 use crate::instant::from_asn1;
 use crate::key::{KeyError, PublicKey};
-use crate::profile::Profile;
+use crate::profile::{ExtraUsage, Profile};
 use crate::serial::{SerialError, SerialNumber};
 use crate::wireguard::{self, WIREGUARD_KEYS_OID_TEXT, WireguardKeysError};
 
@@ -125,6 +125,10 @@ pub(crate) struct Extensions {
     pub(crate) path_len: Option<u32>,
     pub(crate) server_auth: bool,
     pub(crate) client_auth: bool,
+    /// Some [`ExtraUsage`].
+    pub(crate) extra_purposes: bool,
+    pub(crate) ocsp_signing: bool,
+    /// Any purpose besides TLS and [`ExtraUsage`].
     pub(crate) other_purposes: bool,
     pub(crate) key_cert_sign: bool,
     pub(crate) crl_sign: bool,
@@ -159,12 +163,13 @@ pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Exten
             ParsedExtension::ExtendedKeyUsage(usage) => {
                 found.server_auth = usage.server_auth;
                 found.client_auth = usage.client_auth;
+                found.extra_purposes =
+                    usage.code_signing || usage.email_protection || usage.other.iter().any(is_extra);
                 found.other_purposes = usage.any
-                    || usage.code_signing
-                    || usage.email_protection
                     || usage.time_stamping
                     || usage.ocsp_signing
-                    || !usage.other.is_empty();
+                    || !usage.other.iter().all(is_extra);
+                found.ocsp_signing = usage.ocsp_signing;
             }
             ParsedExtension::SubjectKeyIdentifier(id) => {
                 found.subject_key_id = Some(KeyIdentifier::new(id.0))
@@ -183,6 +188,14 @@ pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Exten
         }
     }
     Ok(found)
+}
+
+fn is_extra(oid: &x509_parser::der_parser::oid::Oid<'_>) -> bool {
+    let text = oid.to_id_string();
+    ExtraUsage::ALL.into_iter().any(|usage| {
+        let arcs: Vec<String> = usage.oid().iter().map(u64::to_string).collect();
+        arcs.join(".") == text
+    })
 }
 
 fn read_name(name: &GeneralName<'_>, found: &mut Extensions) -> Result<(), ClassifyError> {
@@ -204,6 +217,7 @@ fn profile_of(extensions: &Extensions, identity: Option<&Identity>) -> Option<Pr
             && profile.server_auth() == extensions.server_auth
             && profile.client_auth() == extensions.client_auth
             && !extensions.other_purposes
+            && (!extensions.extra_purposes || matches!(profile, Profile::Server | Profile::Client))
             && (*profile == Profile::Node) != extensions.wireguard_keys.is_empty()
             && (profile.permits_host_names() || (extensions.dns.is_empty() && extensions.ips.is_empty()))
     })

@@ -18,12 +18,16 @@ mod serial;
 
 mod key;
 mod keystore;
+mod private;
 mod seal;
 
 mod csr;
+mod extension;
+mod pointers;
 mod template;
 mod wireguard;
 
+mod hierarchy;
 mod issue;
 mod lint;
 
@@ -37,27 +41,31 @@ mod tls;
 pub mod bundle;
 
 pub use chain::{
-    CHAIN_LENGTH_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified, verify_chain,
-    verify_chain_expired_ok,
+    CHAIN_LENGTH_MAX, CRLS_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified,
+    verify_chain, verify_chain_expired_ok,
 };
 pub use crl::{
-    CRL_BYTES_MAX, CRL_LIFETIME, Crl, CrlError, CrlPlan, ROOT_CRL_LIFETIME, RevokedEntry, build_crl,
+    CRL_BYTES_MAX, CRL_LIFETIME, Crl, CrlError, CrlPlan, CrlScope, ROOT_CRL_LIFETIME, RevokedEntry,
+    build_crl, stays_listed,
 };
 pub use csr::{CSR_BYTES_MAX, Csr, CsrError, RequestedNames, SANS_PER_CSR_MAX, VerifiedCsr};
+pub use hierarchy::{
+    CaCertificate, CaNaming, ISSUING_CA_LIFETIME, ROOT_LIFETIME, create_issuing_ca, create_issuing_ca_for,
+    create_root, cross_sign,
+};
 pub use identity::{DnsName, Identity, Label, NameError, TrustDomain};
 pub use instant::CLOCK_SKEW_ALLOWANCE;
-pub use issue::{
-    CaCertificate, CaNaming, ISSUING_CA_LIFETIME, IssueError, IssuedCertificate, Issuer, ROOT_LIFETIME,
-    SubjectKey, create_issuing_ca, create_root, issue_leaf,
-};
-pub use key::{KeyAlgorithm, KeyError, LeafKey, PublicKey};
+pub use issue::{IssueError, IssuedCertificate, Issuer, SubjectKey, issue_leaf};
+pub use key::{KeyAlgorithm, KeyError, PublicKey, UnknownKeyAlgorithm};
 pub use keystore::{KeyId, KeyStore, KeyStoreError, MemoryKeyStore};
 pub use leaf::{ClassifyError, KeyIdentifier, VerifiedLeaf, classify};
 pub use lint::{CERT_BYTES_MAX, Finding, lint_ca, lint_crl, lint_leaf};
-pub use profile::{LEAF_LIFETIME_MAX, Profile, UnknownProfile};
+pub use pointers::{CRL_SHARDS_MAX, HttpUrl, Pointers, PublishingPoints, URL_BYTES_MAX, UrlError};
+pub use private::LeafKey;
+pub use profile::{ExtraUsage, LEAF_LIFETIME_MAX, Profile, UnknownProfile, UnknownUsage};
 pub use reason::{RevocationReason, UnknownReason};
 pub use seal::{KdfParams, KeyPurpose, SEALED_KEY_BYTES_MAX, SealError, Unlock, seal, unseal};
 pub use serial::{SerialError, SerialNumber};
-pub use template::{LeafTemplate, SANS_PER_CERT_MAX, TemplateError};
+pub use template::{LeafTemplate, NO_REV_AVAIL_LIFETIME_MAX, SANS_PER_CERT_MAX, SubjectForm, TemplateError};
 pub use tls::{AcceptedController, ClientVerifier, ControllerVerifier, PinnedControllerVerifier};
 pub use wireguard::{WIREGUARD_KEYS_OID, WireguardKeysError};

@@ -6,26 +6,29 @@
 use std::net::IpAddr;
 
 use time::UtcDateTime;
+use x509_parser::asn1_rs::Tag;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension, X509Extension};
 use x509_parser::prelude::FromDer as _;
 use x509_parser::revocation_list::CertificateRevocationList;
 use x509_parser::time::ASN1Time;
-use x509_parser::x509::X509Version;
+use x509_parser::x509::{AlgorithmIdentifier, X509Version};
 
+use crate::extension::{AUTHORITY_INFO_ACCESS, NO_REV_AVAIL};
 use crate::identity::{DnsName, TrustDomain};
 use crate::instant::CLOCK_SKEW_ALLOWANCE;
 use crate::key::PublicKey;
 use crate::leaf::{Extensions, KeyIdentifier, parse_certificate, read_extensions, read_leaf};
+use crate::pointers::HttpUrl;
 use crate::profile::LEAF_LIFETIME_MAX;
 use crate::serial::SerialNumber;
-use crate::template::SANS_PER_CERT_MAX;
+use crate::template::{NO_REV_AVAIL_LIFETIME_MAX, SANS_PER_CERT_MAX};
 
 /// Largest certificate, in bytes of DER.
 pub const CERT_BYTES_MAX: usize = 10_000;
 
 /// Extensions a leaf may have; the last is the list of WireGuard keys.
-const LEAF_EXTENSIONS: [&str; 8] = [
+const LEAF_EXTENSIONS: [&str; 10] = [
     "2.5.29.14",
     "2.5.29.15",
     "2.5.29.17",
@@ -33,14 +36,14 @@ const LEAF_EXTENSIONS: [&str; 8] = [
     "2.5.29.31",
     "2.5.29.35",
     "2.5.29.37",
+    AUTHORITY_INFO_ACCESS,
+    NO_REV_AVAIL,
     crate::wireguard::WIREGUARD_KEYS_OID_TEXT,
 ];
 
 /// Extensions a CA may have.
-const CA_EXTENSIONS: [&str; 4] = ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.35"];
-
-/// ecdsa-with-SHA256, the one algorithm the authority signs with (RFC 5758 §3.2).
-const ECDSA_WITH_SHA256: &str = "1.2.840.10045.4.3.2";
+const CA_EXTENSIONS: [&str; 6] =
+    ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.31", "2.5.29.35", AUTHORITY_INFO_ACCESS];
 
 /// A broken rule. Sections are RFC 5280's unless said.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -53,9 +56,7 @@ pub enum Finding {
     Version,
     #[error("serial is not 16 octets with 126 random bits (§4.1.2.2)")]
     Serial,
-    #[error(
-        "inner and outer signature algorithm differ, or are not ecdsa-with-SHA256 without parameters (§4.1.1.2)"
-    )]
+    #[error("inner and outer signature algorithm differ, or are not the one of the issuer's key (§4.1.1.2)")]
     SignatureAlgorithm,
     #[error("issuer is empty or differs from the issuer's subject (§4.1.2.4)")]
     IssuerName,
@@ -95,6 +96,12 @@ pub enum Finding {
     Profile,
     #[error("CRL address is not one plain http URL (§4.2.1.13)")]
     CrlAddress,
+    #[error("authority information access is not plain http, each method once (§4.2.2.1)")]
+    Pointers,
+    #[error("noRevAvail beside a CRL or OCSP address, on a long-lived certificate, or malformed (RFC 9608)")]
+    NoRevAvail,
+    #[error("CRL's issuing distribution point is malformed or limits its scope more than once (§5.2.5)")]
+    DistributionPoint,
     #[error("CRL is not version 2 with nextUpdate and number (§5.1.2)")]
     CrlFields,
     #[error("CRL has an empty list of revoked certificates (§5.1.2.6)")]
@@ -134,23 +141,48 @@ pub fn lint_leaf(der: &[u8], issuer_der: &[u8], domain: &TrustDomain) -> Vec<Fin
     require(common_name_repeats_a_name(&certificate, &extensions), Finding::CommonName);
     require(read_leaf(der, domain).is_ok(), Finding::Profile);
     require(crl_address_is_plain(&certificate), Finding::CrlAddress);
+    require(pointers_are_plain(&certificate), Finding::Pointers);
+    if let Some(extension) = raw(&certificate, NO_REV_AVAIL) {
+        let span = u64::try_from(span).unwrap_or(u64::MAX);
+        let short = span <= (NO_REV_AVAIL_LIFETIME_MAX + CLOCK_SKEW_ALLOWANCE).as_secs();
+        let silent = raw(&certificate, "2.5.29.31").is_none() && ocsp_pointers(&certificate) == 0;
+        require(extension.value == [5, 0] && short && silent, Finding::NoRevAvail);
+    }
     findings
 }
 
-/// Checks a CA certificate; for a root `issuer_der` is the certificate itself.
+/// What a CA certificate is for; each has its own path length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CaKind {
+    Root,
+    Issuing,
+    /// A root signed by another root.
+    CrossRoot,
+}
+
+/// Checks a root or an issuing CA's certificate; for a root `issuer_der` is the certificate itself.
 pub fn lint_ca(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
+    lint_ca_as(if der == issuer_der { CaKind::Root } else { CaKind::Issuing }, der, issuer_der)
+}
+
+pub(crate) fn lint_ca_as(kind: CaKind, der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
     let Some((certificate, _, extensions, mut findings)) = lint_common(der, issuer_der, &CA_EXTENSIONS)
     else {
         return vec![Finding::Unreadable];
     };
-    let root = der == issuer_der;
     let mut require = |kept: bool, finding| {
         if !kept {
             findings.push(finding)
         }
     };
     require(certificate.subject().iter().next().is_some(), Finding::EmptySubject);
-    let path_len = if root { None } else { Some(0) };
+    let path_len = match kind {
+        CaKind::Root => None,
+        CaKind::Issuing => Some(0),
+        CaKind::CrossRoot => Some(1),
+    };
+    require(crl_address_is_plain(&certificate), Finding::CrlAddress);
+    require(pointers_are_plain(&certificate), Finding::Pointers);
     require(extensions.is_ca && extensions.path_len == path_len, Finding::BasicConstraints);
     // keyCertSign and cRLSign alone.
     require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 1, 0x06]), Finding::KeyUsage);
@@ -178,8 +210,8 @@ fn lint_common<'a>(der: &'a [u8], issuer_der: &'a [u8], allowed: &[&str]) -> Opt
     require(certificate.version() == X509Version::V3, Finding::Version);
     require(SerialNumber::from_slice(certificate.raw_serial()).is_ok(), Finding::Serial);
     let algorithm = &certificate.signature_algorithm;
-    let plain = algorithm.algorithm.to_id_string() == ECDSA_WITH_SHA256 && algorithm.parameters.is_none();
-    require(plain && *algorithm == certificate.tbs_certificate.signature, Finding::SignatureAlgorithm);
+    let same = *algorithm == certificate.tbs_certificate.signature;
+    require(same && signed_as_its_key_signs(algorithm, &issuer), Finding::SignatureAlgorithm);
     let named = issuer.subject().iter().next().is_some();
     require(named && certificate.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
     let (validity, bounds) = (certificate.validity(), issuer.validity());
@@ -202,6 +234,18 @@ fn lint_common<'a>(der: &'a [u8], issuer_der: &'a [u8], allowed: &[&str]) -> Opt
         require(allowed.contains(&oid.as_str()), Finding::ForeignExtension(oid));
     }
     Some((certificate, issuer, extensions, findings))
+}
+
+/// Whether the algorithm is the one that the issuer's key signs with, parameters included (RFC 5758 §3.2, RFC 8410 §3,
+/// RFC 4055 §5).
+fn signed_as_its_key_signs(algorithm: &AlgorithmIdentifier<'_>, issuer: &X509Certificate<'_>) -> bool {
+    let Ok(key) = PublicKey::from_spki_der(issuer.public_key().raw) else { return false };
+    let (oid, null) = key.algorithm().signature_oid();
+    let parameters = match &algorithm.parameters {
+        None => !null,
+        Some(parameters) => null && parameters.tag() == Tag::Null && parameters.data.is_empty(),
+    };
+    algorithm.algorithm.to_id_string() == oid && parameters
 }
 
 fn raw<'a, 'c>(certificate: &'c X509Certificate<'a>, oid: &str) -> Option<&'c X509Extension<'a>> {
@@ -233,8 +277,38 @@ fn common_name_repeats_a_name(certificate: &X509Certificate<'_>, extensions: &Ex
     certificate.subject().iter_common_name().all(|name| name.as_str().is_ok_and(repeats))
 }
 
+/// authorityInfoAccess: at most one OCSP responder and one issuer, both plain `http`.
+fn pointers_are_plain(certificate: &X509Certificate<'_>) -> bool {
+    certificate.extensions().iter().all(|extension| match extension.parsed_extension() {
+        ParsedExtension::AuthorityInfoAccess(access) => {
+            let methods: Vec<_> = access.accessdescs.iter().map(|d| d.access_method.to_id_string()).collect();
+            let known =
+                methods.iter().all(|m| matches!(m.as_str(), "1.3.6.1.5.5.7.48.1" | "1.3.6.1.5.5.7.48.2"));
+            let once = methods.iter().enumerate().all(|(index, m)| !methods[..index].contains(m));
+            let plain = access
+                .accessdescs
+                .iter()
+                .all(|d| matches!(d.access_location, GeneralName::URI(url) if HttpUrl::parse(url).is_ok()));
+            !methods.is_empty() && known && once && plain
+        }
+        _ => extension.oid.to_id_string() != AUTHORITY_INFO_ACCESS,
+    })
+}
+
+fn ocsp_pointers(certificate: &X509Certificate<'_>) -> usize {
+    let count = |extension: &X509Extension<'_>| match extension.parsed_extension() {
+        ParsedExtension::AuthorityInfoAccess(access) => access
+            .accessdescs
+            .iter()
+            .filter(|d| d.access_method.to_id_string() == "1.3.6.1.5.5.7.48.1")
+            .count(),
+        _ => 0,
+    };
+    certificate.extensions().iter().map(count).sum()
+}
+
 fn crl_address_is_plain(certificate: &X509Certificate<'_>) -> bool {
-    let plain = |name: &GeneralName<'_>| matches!(name, GeneralName::URI(url) if url.starts_with("http://"));
+    let plain = |name: &GeneralName<'_>| matches!(name, GeneralName::URI(url) if HttpUrl::parse(url).is_ok());
     certificate.extensions().iter().all(|extension| match extension.parsed_extension() {
         ParsedExtension::CRLDistributionPoints(points) => match points.as_slice() {
             [point] => {
@@ -266,8 +340,8 @@ pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
     let fields = crl.version() == Some(X509Version::V2) && crl.crl_number().is_some();
     require(fields && crl.next_update().is_some(), Finding::CrlFields);
     let algorithm = &crl.signature_algorithm;
-    let plain = algorithm.algorithm.to_id_string() == ECDSA_WITH_SHA256 && algorithm.parameters.is_none();
-    require(plain && *algorithm == crl.tbs_cert_list.signature, Finding::SignatureAlgorithm);
+    let same = *algorithm == crl.tbs_cert_list.signature;
+    require(same && signed_as_its_key_signs(algorithm, &issuer), Finding::SignatureAlgorithm);
     require(crl.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
     let times = [Some(crl.last_update()), crl.next_update()];
     require(times.iter().flatten().all(time_form), Finding::TimeForm);
@@ -287,6 +361,7 @@ pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
         // Only issuingDistributionPoint is critical (§5.2.5).
         require(extension.critical == (oid == "2.5.29.28"), Finding::Criticality(oid));
     }
+    require(idp_is_plain(crl.extensions()), Finding::DistributionPoint);
     let now_or_before =
         |at: UtcDateTime| crl.next_update().is_some_and(|next| at <= crate::instant::from_asn1(next));
     for entry in crl.iter_revoked_certificates() {
@@ -297,6 +372,29 @@ pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
         require(reason && serial && dated, Finding::CrlEntry);
     }
     findings
+}
+
+/// issuingDistributionPoint: one plain address, at most one flag of scope, FALSE never written (DER), none of the forms
+/// that rustls refuses (indirect, by reason).
+fn idp_is_plain(extensions: &[X509Extension<'_>]) -> bool {
+    extensions.iter().all(|extension| match extension.parsed_extension() {
+        ParsedExtension::IssuingDistributionPoint(point) => {
+            let flags = [point.only_contains_user_certs, point.only_contains_ca_certs];
+            let refused = point.only_contains_attribute_certs
+                || point.indirect_crl
+                || point.only_some_reasons.is_some();
+            let address = match &point.distribution_point {
+                Some(DistributionPointName::FullName(names)) => {
+                    matches!(names.as_slice(), [GeneralName::URI(url)] if HttpUrl::parse(url).is_ok())
+                }
+                _ => false,
+            };
+            // A FALSE that is written reads `8x 01 00`; the address is ASCII and cannot hold it.
+            let no_false = !extension.value.windows(3).any(|w| w[0] & 0xf0 == 0x80 && w[1..] == [1, 0]);
+            address && !refused && no_false && flags.iter().filter(|flag| **flag).count() <= 1
+        }
+        _ => extension.oid.to_id_string() != "2.5.29.28",
+    })
 }
 
 /// Whether tbsCertList holds an empty `revokedCertificates`: the fields before it are version, signature, issuer and the

@@ -98,6 +98,72 @@ impl fmt::Display for Profile {
     }
 }
 
+/// A purpose that a leaf of a custom profile may have beside TLS. None of them lets it speak for somebody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ExtraUsage {
+    /// id-kp-codeSigning, RFC 5280 §4.2.1.12.
+    CodeSigning,
+    /// id-kp-emailProtection, RFC 5280 §4.2.1.12.
+    EmailProtection,
+    /// id-kp-ipsecIKE, RFC 4945 §5.1.3.12.
+    IpsecIke,
+    /// id-kp-documentSigning, RFC 9336.
+    DocumentSigning,
+}
+
+impl ExtraUsage {
+    /// Every extra purpose.
+    pub const ALL: [Self; 4] =
+        [Self::CodeSigning, Self::EmailProtection, Self::IpsecIke, Self::DocumentSigning];
+
+    /// Name in the policy file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CodeSigning => "code-signing",
+            Self::EmailProtection => "email-protection",
+            Self::IpsecIke => "ipsec-ike",
+            Self::DocumentSigning => "document-signing",
+        }
+    }
+
+    pub(crate) fn oid(self) -> [u64; 9] {
+        [
+            1,
+            3,
+            6,
+            1,
+            5,
+            5,
+            7,
+            3,
+            match self {
+                Self::CodeSigning => 3,
+                Self::EmailProtection => 4,
+                Self::IpsecIke => 17,
+                Self::DocumentSigning => 36,
+            },
+        ]
+    }
+}
+
+impl fmt::Display for ExtraUsage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for ExtraUsage {
+    type Err = UnknownUsage;
+    fn from_str(text: &str) -> Result<Self, UnknownUsage> {
+        Self::ALL.into_iter().find(|usage| usage.name() == text).ok_or_else(|| UnknownUsage(text.to_owned()))
+    }
+}
+
+/// A text that names no extra purpose.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown extended key usage {0:?}")]
+pub struct UnknownUsage(pub String);
+
 /// A text that names no profile.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown profile {0:?}")]

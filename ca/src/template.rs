@@ -7,14 +7,27 @@ use time::UtcDateTime;
 
 use crate::identity::{DnsName, Identity, Label};
 use crate::instant::{CLOCK_SKEW_ALLOWANCE, whole_seconds};
-use crate::profile::{LEAF_LIFETIME_MAX, Profile};
+use crate::pointers::Pointers;
+use crate::profile::{ExtraUsage, LEAF_LIFETIME_MAX, Profile};
 use crate::wireguard::{self, WireguardKeysError};
 
 /// Most subject alternative names in one certificate.
 pub const SANS_PER_CERT_MAX: usize = 64;
 
-/// Longest CRL address, in bytes.
-const CRL_URL_BYTES_MAX: usize = 512;
+/// Longest validity without backdating of a leaf whose revocation is never told: 10 days. RFC 9608 leaves "short" open;
+/// the CA/Browser Forum's bound for short-lived certificates was this.
+pub const NO_REV_AVAIL_LIFETIME_MAX: Duration = Duration::from_secs(10 * 24 * 3600);
+
+/// What stands in a leaf's subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum SubjectForm {
+    /// A common name that repeats the first DNS name, else the SPIFFE ID, if it has at most 64 characters; for programs
+    /// that map it to a user (PostgreSQL, for example).
+    #[default]
+    CommonName,
+    /// Nothing; the names are then critical (RFC 5280 §4.1.2.6).
+    Empty,
+}
 
 /// Why a template asks for a certificate that its profile does not allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,8 +54,16 @@ pub enum TemplateError {
     Validity,
     #[error("validity is {0} s, at most 90 days and the clock allowance are allowed")]
     TooLong(i64),
-    #[error("CRL address is not a plain http URL of at most {CRL_URL_BYTES_MAX} bytes")]
-    CrlUrl,
+    #[error("certificate whose revocation is never told cannot point at a CRL or OCSP responder")]
+    NoRevAvailPointers,
+    #[error("certificate whose revocation is never told may live 10 days at most, not {0} s")]
+    NoRevAvailTooLong(i64),
+    #[error("profile {0} is always revocable")]
+    AlwaysRevocable(Profile),
+    #[error("profile {0} has no purposes beside TLS")]
+    ExtraUsage(Profile),
+    #[error("purpose {0} is asked for twice")]
+    RepeatedUsage(ExtraUsage),
 }
 
 /// What a leaf will say. Policy is checked on this value, never on a CSR.
@@ -57,11 +78,17 @@ pub struct LeafTemplate {
     pub wireguard_keys: Vec<[u8; 32]>,
     pub not_before: UtcDateTime,
     pub not_after: UtcDateTime,
-    /// Where the CRL of this certificate's shard is served, plain `http`. `None` in a mesh that brings the CRL to every
-    /// node's disk: then certificate and CRL name no address, and the one CRL covers all of the issuer's certificates.
-    pub crl_url: Option<String>,
-    /// The CRL this certificate belongs to, fixed at issuance. Only shard 0 exists so far.
+    /// Where CRL, OCSP responder and issuer are published. Without a CRL address (a mesh that brings the CRL to every
+    /// node's disk) the CRL names none either, and one covers all of the issuer's certificates.
+    pub pointers: Pointers,
+    /// The CRL this certificate belongs to, fixed at issuance (see [`PublishingPoints::shard_of`](crate::PublishingPoints)).
     pub crl_shard: u16,
+    /// Says that nobody will tell of a revocation (RFC 9608): for leaves that live at most [`NO_REV_AVAIL_LIFETIME_MAX`].
+    pub no_rev_avail: bool,
+    /// Whether the subject repeats a name.
+    pub subject: SubjectForm,
+    /// Purposes beside TLS; profiles `server` and `client` only.
+    pub extra_usages: Vec<ExtraUsage>,
 }
 
 impl LeafTemplate {
@@ -75,8 +102,11 @@ impl LeafTemplate {
             wireguard_keys: Vec::new(),
             not_before: whole_seconds(now - CLOCK_SKEW_ALLOWANCE),
             not_after: whole_seconds(now + lifetime),
-            crl_url: None,
+            pointers: Pointers::default(),
             crl_shard: 0,
+            no_rev_avail: false,
+            subject: SubjectForm::default(),
+            extra_usages: Vec::new(),
         }
     }
 
@@ -99,15 +129,35 @@ impl LeafTemplate {
         self.check_identity()?;
         self.check_names()?;
         self.check_validity()?;
-        let plain_http = |url: &String| {
-            url.len() <= CRL_URL_BYTES_MAX
-                && url.strip_prefix("http://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'))
-                && url.bytes().all(|b| b.is_ascii_graphic())
-        };
-        if !self.crl_url.as_ref().is_none_or(plain_http) {
-            return Err(TemplateError::CrlUrl);
+        self.check_revocability()?;
+        self.check_usages()
+    }
+
+    fn check_revocability(&self) -> Result<(), TemplateError> {
+        if !self.no_rev_avail {
+            return Ok(());
+        }
+        if matches!(self.profile, Profile::Controller | Profile::Node | Profile::Operator) {
+            return Err(TemplateError::AlwaysRevocable(self.profile));
+        }
+        if self.pointers.crl.is_some() || self.pointers.ocsp.is_some() {
+            return Err(TemplateError::NoRevAvailPointers);
+        }
+        let span = self.not_after - self.not_before;
+        if span > NO_REV_AVAIL_LIFETIME_MAX + CLOCK_SKEW_ALLOWANCE {
+            return Err(TemplateError::NoRevAvailTooLong(span.whole_seconds()));
         }
         Ok(())
+    }
+
+    fn check_usages(&self) -> Result<(), TemplateError> {
+        if !self.extra_usages.is_empty() && !matches!(self.profile, Profile::Server | Profile::Client) {
+            return Err(TemplateError::ExtraUsage(self.profile));
+        }
+        match repeated(&self.extra_usages) {
+            Some(usage) => Err(TemplateError::RepeatedUsage(*usage)),
+            None => Ok(()),
+        }
     }
 
     fn check_identity(&self) -> Result<(), TemplateError> {
@@ -170,6 +220,7 @@ fn repeated<T: Eq>(list: &[T]) -> Option<&T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pointers::HttpUrl;
 
     const NOW: UtcDateTime = time::macros::utc_datetime!(2026-11-22 12:00:00.5);
 
@@ -232,7 +283,7 @@ mod tests {
     #[test]
     fn what_a_profile_does_not_carry_is_refused() {
         type Change = fn(&mut LeafTemplate);
-        let table: [(LeafTemplate, Change, TemplateError); 14] = [
+        let table: [(LeafTemplate, Change, TemplateError); 17] = [
             (node(), |t| t.dns.clear(), TemplateError::NoDnsName(Profile::Node)),
             (service(Profile::Client), |t| t.dns.clear(), TemplateError::NoDnsName(Profile::Client)),
             (service(Profile::Server), |t| t.dns.clear(), TemplateError::NoHostName(Profile::Server)),
@@ -268,8 +319,33 @@ mod tests {
                 |t| t.not_after += Duration::from_secs(100 * 365 * 86400),
                 TemplateError::TooLong(100 * 365 * 86400 + 72 * 3600 + 900),
             ),
-            (node(), |t| t.crl_url = Some("https://x/".into()), TemplateError::CrlUrl),
-            (node(), |t| t.crl_url = Some("http:///x".into()), TemplateError::CrlUrl),
+            (node(), |t| t.no_rev_avail = true, TemplateError::AlwaysRevocable(Profile::Node)),
+            (
+                service(Profile::Server),
+                |t| {
+                    t.no_rev_avail = true;
+                    t.pointers.ocsp = Some(HttpUrl::parse("http://x/ocsp").unwrap());
+                },
+                TemplateError::NoRevAvailPointers,
+            ),
+            (
+                service(Profile::Server),
+                |t| {
+                    t.no_rev_avail = true;
+                    t.not_after = t.not_before + Duration::from_secs(11 * 86400);
+                },
+                TemplateError::NoRevAvailTooLong(11 * 86400),
+            ),
+            (
+                service(Profile::Peer),
+                |t| t.extra_usages.push(ExtraUsage::CodeSigning),
+                TemplateError::ExtraUsage(Profile::Peer),
+            ),
+            (
+                service(Profile::Server),
+                |t| t.extra_usages = vec![ExtraUsage::IpsecIke; 2],
+                TemplateError::RepeatedUsage(ExtraUsage::IpsecIke),
+            ),
             (
                 node(),
                 |t| t.ips = (0..64).map(|i| IpAddr::from([10, 0, 0, i])).collect(),

@@ -42,12 +42,21 @@ impl Authority {
     }
 
     pub(crate) fn made_at(now: UtcDateTime, domain: &str) -> Self {
+        Self::with_keys(now, domain, KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP256)
+    }
+
+    pub(crate) fn with_keys(
+        now: UtcDateTime,
+        domain: &str,
+        root_key: KeyAlgorithm,
+        issuing_key: KeyAlgorithm,
+    ) -> Self {
         let domain = TrustDomain::parse(domain).unwrap();
         let mut store = MemoryKeyStore::new();
         let naming = CaNaming { mesh: "prod-eu", now };
         let (root_id, issuing_id) = (KeyId::parse("root").unwrap(), KeyId::parse("issuing").unwrap());
-        store.generate(root_id.clone()).unwrap();
-        let issuing_pkcs8 = store.generate(issuing_id.clone()).unwrap().to_vec();
+        store.generate_for(root_id.clone(), root_key).unwrap();
+        let issuing_pkcs8 = store.generate_for(issuing_id.clone(), issuing_key).unwrap().to_vec();
         let root = create_root(&store, &root_id, naming, &mut rng).unwrap();
         let root = Issuer::new(&root.der, root_id, domain.clone(), &store).unwrap();
         let issuing = create_issuing_ca(&root, &store, &issuing_id, naming, &mut rng).unwrap();
@@ -79,7 +88,10 @@ impl Authority {
     }
 
     pub(crate) fn issue(&self, template: &LeafTemplate) -> Leaf {
-        let key = LeafKey::generate().unwrap();
+        self.issue_for(LeafKey::generate().unwrap(), template)
+    }
+
+    pub(crate) fn issue_for(&self, key: LeafKey, template: &LeafTemplate) -> Leaf {
         let serial = SerialNumber::random(&mut rng);
         let issued = issue_leaf(&self.issuing, &self.store, &key, template, serial).unwrap();
         Leaf { key, issued }
@@ -142,5 +154,15 @@ impl Authority {
         let der = CertificateDer::from(self.issuing.certificate_der().to_vec());
         let issuer = rcgen::Issuer::from_ca_cert_der(&der, signer).unwrap();
         params.signed_by(key, &issuer).unwrap().der().to_vec()
+    }
+
+    /// Signs the first element of a signed DER structure anew, with the issuing CA's key.
+    pub(crate) fn sign_again(&self, der: &[u8]) -> Vec<u8> {
+        use der::{Decode as _, Encode as _};
+        let signer = LeafKey::from_pkcs8_der(&self.issuing_pkcs8).unwrap();
+        let outer: Vec<der::AnyRef<'_>> = Vec::from_der(der).unwrap();
+        let signature = rcgen::SigningKey::sign(&signer, &outer[0].to_der().unwrap()).unwrap();
+        let bits = der::asn1::BitString::from_bytes(&signature).unwrap().to_der().unwrap();
+        vec![outer[0], outer[1], der::AnyRef::from_der(&bits).unwrap()].to_der().unwrap()
     }
 }

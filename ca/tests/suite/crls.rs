@@ -45,8 +45,9 @@ fn a_crl_reads_back_as_it_was_planned() {
 #[test]
 fn certificates_and_crl_agree_on_the_address() {
     let authority = Authority::new();
-    let url = "http://crl.mesh.internal/0.crl";
-    let template = LeafTemplate { crl_url: Some(url.to_owned()), ..Authority::template(Profile::Peer) };
+    let url = &HttpUrl::parse("http://crl.mesh.internal/0.crl").unwrap();
+    let pointers = Pointers { crl: Some(url.clone()), ..Pointers::default() };
+    let template = LeafTemplate { pointers, ..Authority::template(Profile::Peer) };
     let (good, bad) = (authority.issue(&template), authority.issue(&template));
     let entry =
         RevokedEntry { serial: bad.issued.serial, revoked_at: NOW, reason: RevocationReason::Superseded };
@@ -62,7 +63,8 @@ fn certificates_and_crl_agree_on_the_address() {
     assert_eq!(check(&good), Ok(()));
     assert_eq!(check(&bad), Err(ChainError::Revoked));
     // A CRL for another address says nothing about these certificates.
-    let plan = CrlPlan { url: Some("http://crl.mesh.internal/1.crl"), ..plan };
+    let other = HttpUrl::parse("http://crl.mesh.internal/1.crl").unwrap();
+    let plan = CrlPlan { url: Some(&other), ..plan };
     let other = build_crl(&authority.issuing, &authority.store, &plan).unwrap();
     let lists = RevocationLists::new([&other, &root], ExpiredCrl::Refuse).unwrap();
     let (intermediates, anchors) = (authority.intermediates(), authority.anchors());
@@ -109,28 +111,66 @@ fn a_crl_of_somebody_else_is_refused() {
     assert_eq!(Crl::parse_verified(&trailing, issuing), Err(CrlError::Malformed));
 }
 
+/// Checklist 26: fullName equal to the certificates' pointer, critical, at most one flag, FALSE never written.
 #[test]
-fn a_crl_that_covers_only_some_certificates_is_refused() {
+fn a_limited_crl_says_what_it_covers() {
     let authority = Authority::new();
-    let der = rustls_pki_types::CertificateDer::from(authority.issuing.certificate_der().to_vec());
-    let key = LeafKey::from_pkcs8_der(&authority.issuing_pkcs8).unwrap();
-    let issuer = rcgen::Issuer::from_ca_cert_der(&der, key).unwrap();
-    let id = authority.issuing.key_identifier().as_bytes().to_vec();
-    for scope in [rcgen::CrlScope::UserCertsOnly, rcgen::CrlScope::CaCertsOnly] {
-        let point = rcgen::CrlDistributionPoint { uris: vec!["http://crl.mesh.internal/".to_owned()] };
-        let crl = rcgen::CertificateRevocationListParams {
-            this_update: NOW.to_offset(time::UtcOffset::UTC),
-            next_update: (NOW + CRL_LIFETIME).to_offset(time::UtcOffset::UTC),
-            crl_number: rcgen::SerialNumber::from(3_u64),
-            issuing_distribution_point: Some(rcgen::CrlIssuingDistributionPoint {
-                distribution_point: point,
-                scope: Some(scope),
-            }),
-            revoked_certs: Vec::new(),
-            key_identifier_method: rcgen::KeyIdMethod::PreSpecified(id.clone()),
-        };
-        let crl = crl.signed_by(&issuer).unwrap();
-        let refused = Crl::parse_verified(crl.der(), authority.issuing.certificate_der());
-        assert_eq!(refused, Err(CrlError::Extension("2.5.29.28".to_owned())), "{scope:?}");
+    let url = HttpUrl::parse("http://crl.mesh.internal/7.crl").unwrap();
+    for (scope, flag) in [
+        (CrlScope::All, [].as_slice()),
+        (CrlScope::UserCerts, &[0x81, 1, 0xff]),
+        (CrlScope::CaCerts, &[0x82, 1, 0xff]),
+    ] {
+        let plan = CrlPlan { url: Some(&url), scope, ..CrlPlan::new(3, NOW, CRL_LIFETIME, &[]) };
+        let der = build_crl(&authority.issuing, &authority.store, &plan).unwrap();
+        let crl = Crl::parse_verified(&der, authority.issuing.certificate_der()).unwrap();
+        assert_eq!((crl.url(), crl.scope()), (Some(&url), scope));
+        let (_, parsed) = x509_parser::parse_x509_crl(&der).unwrap();
+        let extension = parsed.extensions().iter().find(|e| e.oid.to_id_string() == "2.5.29.28").unwrap();
+        assert!(extension.critical);
+        let name = [&[0x86, 30], url.as_str().as_bytes()].concat();
+        let point = [&[0xa0, 34, 0xa0, 32], name.as_slice(), flag].concat();
+        let length = u8::try_from(point.len()).unwrap();
+        assert_eq!(extension.value, [&[0x30, length], point.as_slice()].concat());
+    }
+    let plan = CrlPlan { scope: CrlScope::UserCerts, ..CrlPlan::new(3, NOW, CRL_LIFETIME, &[]) };
+    let refused = build_crl(&authority.issuing, &authority.store, &plan);
+    assert_eq!(refused, Err(CrlError::ScopeWithoutAddress));
+}
+
+/// A CRL of our own whose issuing distribution point is replaced by other bytes of the same length.
+fn with_point(authority: &Authority, point: &[u8]) -> Vec<u8> {
+    let url = HttpUrl::parse("http://crl.mesh.internal/7.crl").unwrap();
+    let plan =
+        CrlPlan { url: Some(&url), scope: CrlScope::UserCerts, ..CrlPlan::new(3, NOW, CRL_LIFETIME, &[]) };
+    let der = build_crl(&authority.issuing, &authority.store, &plan).unwrap();
+    let (_, parsed) = x509_parser::parse_x509_crl(&der).unwrap();
+    let extension = parsed.extensions().iter().find(|e| e.oid.to_id_string() == "2.5.29.28").unwrap();
+    assert_eq!(extension.value.len(), point.len());
+    let at = der.windows(point.len()).position(|window| window == extension.value).unwrap();
+    let mut changed = der.clone();
+    changed[at..at + point.len()].copy_from_slice(point);
+    authority.sign_again(&changed)
+}
+
+/// Checklist 28: rustls refuses delta, indirect and reason-partitioned CRLs, so they are neither made nor taken.
+#[test]
+fn crls_that_rustls_refuses_are_refused() {
+    let authority = Authority::new();
+    let name = b"http://crl.mesh.internal/7.crl";
+    let point = |flag: [u8; 3]| [&[0x30, 39, 0xa0, 34, 0xa0, 32, 0x86, 30], name.as_slice(), &flag].concat();
+    let parse = |point: &[u8]| {
+        Crl::parse_verified(&with_point(&authority, point), authority.issuing.certificate_der()).map(drop)
+    };
+    assert_eq!(parse(&point([0x81, 1, 0xff])), Ok(()));
+    let refused = [
+        ("indirect", point([0x84, 1, 0xff])),
+        ("attribute certificates", point([0x85, 1, 0xff])),
+        ("by reason", [&[0x30, 39, 0xa0, 33, 0xa0, 31, 0x86, 29], &name[1..], &[0x83, 2, 0, 0x80]].concat()),
+    ];
+    for (what, point) in refused {
+        let verdict = parse(&point);
+        let expected = [CrlError::Malformed, CrlError::Extension("2.5.29.28".to_owned())];
+        assert!(verdict.as_ref().is_err_and(|error| expected.contains(error)), "{what}: {verdict:?}");
     }
 }

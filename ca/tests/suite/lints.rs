@@ -38,9 +38,19 @@ fn each_broken_leaf_is_found() {
         ("no EKU", |p| p.extended_key_usages.clear(), Finding::ExtendedKeyUsage),
         ("anyEKU", |p| p.extended_key_usages.push(ExtendedKeyUsagePurpose::Any), Finding::ExtendedKeyUsage),
         (
-            "code signing",
-            |p| p.extended_key_usages.push(ExtendedKeyUsagePurpose::CodeSigning),
+            "time stamping",
+            |p| p.extended_key_usages.push(ExtendedKeyUsagePurpose::TimeStamping),
             Finding::ExtendedKeyUsage,
+        ),
+        (
+            "OCSP signing",
+            |p| p.extended_key_usages.push(ExtendedKeyUsagePurpose::OcspSigning),
+            Finding::ExtendedKeyUsage,
+        ),
+        (
+            "code signing beside a SPIFFE ID",
+            |p| p.extended_key_usages.push(ExtendedKeyUsagePurpose::CodeSigning),
+            Finding::Profile,
         ),
         ("no basic constraints", |p| p.is_ca = IsCa::NoCa, Finding::BasicConstraints),
         (
@@ -113,6 +123,35 @@ fn each_broken_leaf_is_found() {
                 p.crl_distribution_points = vec![rcgen::CrlDistributionPoint { uris }];
             },
             Finding::CrlAddress,
+        ),
+        (
+            "noRevAvail beside a CRL address",
+            |p| {
+                p.crl_distribution_points =
+                    vec![rcgen::CrlDistributionPoint { uris: vec!["http://a.mesh.internal/".to_owned()] }];
+                p.custom_extensions.push(CustomExtension::from_oid_content(&[2, 5, 29, 56], vec![5, 0]));
+            },
+            Finding::NoRevAvail,
+        ),
+        (
+            "noRevAvail that lives 11 days",
+            |p| {
+                p.not_after = p.not_before + 11 * 24 * HOUR;
+                p.custom_extensions.push(CustomExtension::from_oid_content(&[2, 5, 29, 56], vec![5, 0]));
+            },
+            Finding::NoRevAvail,
+        ),
+        (
+            "issuer's address over https",
+            |p| {
+                let url = b"https://x/";
+                let access =
+                    [&[0x30, 22, 0x30, 20, 6, 8, 43, 6, 1, 5, 5, 7, 48, 2, 0x86, 10], url.as_slice()]
+                        .concat();
+                let oid = [1, 3, 6, 1, 5, 5, 7, 1, 1];
+                p.custom_extensions.push(CustomExtension::from_oid_content(&oid, access));
+            },
+            Finding::Pointers,
         ),
         (
             "over 10 000 bytes",
