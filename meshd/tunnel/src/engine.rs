@@ -18,13 +18,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use boringtun::noise::rate_limiter::RateLimiter;
-
-use crate::config::{PeerConfig, TunnelConfig};
+use crate::config::{ALLOWED_IPS_PER_PEER_MAX, PEERS_MAX, PeerConfig, TunnelConfig};
 use crate::detour::{DatagramSink, SinkCell, Waiting, is_virtual};
 use crate::error::TunnelError;
 use crate::event::{Events, Queue, TunnelEvent};
 use crate::housekeeper::{HANDSHAKES_WAITING_MAX, Housekeeper};
+use crate::identity::{Identities, Identity};
 use crate::inbound::Inbound;
 use crate::key::{PrivateKey, PublicKey};
 use crate::outbound::Outbound;
@@ -51,7 +50,9 @@ const GREETING_SPREAD_MAX: Duration = Duration::from_millis(333);
 /// What the threads and the calls share.
 pub(crate) struct Shared {
     registry: RwLock<Registry>,
-    identity: RwLock<Arc<Identity>>,
+    identities: RwLock<Identities>,
+    /// Serialises what changes peers, prefixes or keys.
+    control: Mutex<()>,
     pub(crate) events: Arc<Queue>,
     pub(crate) counters: CounterCells,
     pub(crate) outbound: Wake,
@@ -67,29 +68,17 @@ pub(crate) struct Shared {
     ready: Mutex<Vec<Arc<Peer>>>,
     /// Peers that want a tick before the next one is due; for the housekeeper.
     urgent: Mutex<Vec<Arc<Peer>>>,
+    /// Peers that have begun to use our second key; for the housekeeper.
+    arrived: Mutex<Vec<PublicKey>>,
     stop: AtomicBool,
-}
-
-/// Who we are, and the limiter whose MACs and cookies depend on it.
-pub(crate) struct Identity {
-    pub(crate) private: PrivateKey,
-    pub(crate) public: PublicKey,
-    pub(crate) limiter: RateLimiter,
-    limit: u64,
-}
-
-impl Identity {
-    fn new(private: PrivateKey, limit: u64) -> Self {
-        let public = private.public();
-        Self { limiter: RateLimiter::new(&public.to_x25519(), limit), private, public, limit }
-    }
 }
 
 impl Shared {
     fn new(private_key: PrivateKey) -> std::io::Result<Self> {
         Ok(Self {
             registry: RwLock::new(Registry::new()),
-            identity: RwLock::new(Arc::new(Identity::new(private_key, HANDSHAKES_PER_SECOND_MIN))),
+            identities: RwLock::new(Identities::new(private_key, HANDSHAKES_PER_SECOND_MIN)),
+            control: Mutex::default(),
             events: Arc::default(),
             counters: CounterCells::default(),
             outbound: Wake::new()?,
@@ -100,6 +89,7 @@ impl Shared {
             detoured: Waiting::default(),
             ready: Mutex::default(),
             urgent: Mutex::default(),
+            arrived: Mutex::default(),
             stop: AtomicBool::new(false),
         })
     }
@@ -112,12 +102,12 @@ impl Shared {
         self.registry.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn identity(&self) -> Arc<Identity> {
-        self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn identities(&self) -> Identities {
+        self.identities.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set_identity(&self, identity: Identity) {
-        *self.identity.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+    fn set_identities(&self, identities: Identities) {
+        *self.identities.write().unwrap_or_else(PoisonError::into_inner) = identities;
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -160,6 +150,11 @@ impl Shared {
             tracing::info!(peer = %key, "peer silent");
             self.events.push(TunnelEvent::PeerSilent { peer: key });
         }
+        if notes.twin_in_use {
+            // The caller may hold up a call that has `control`; somebody else has to wait for that.
+            lock(&self.arrived).push(key);
+            self.housekeeper.wake();
+        }
         if notes.backlog_ready {
             lock(&self.ready).push(peer.clone());
             self.outbound.wake();
@@ -173,6 +168,16 @@ impl Shared {
 
     pub(crate) fn take_urgent(&self) -> Vec<Arc<Peer>> {
         std::mem::take(&mut *lock(&self.urgent))
+    }
+
+    pub(crate) fn take_arrived(&self) -> Vec<PublicKey> {
+        std::mem::take(&mut *lock(&self.arrived))
+    }
+
+    /// Sends through the second key of ours from now on, as the peer does.
+    pub(crate) fn use_twin(&self, key: &PublicKey) {
+        let _control = lock(&self.control);
+        self.registry_mut().use_twin(key, true);
     }
 
     fn tick_soon(&self, peer: &Arc<Peer>) {
@@ -195,8 +200,6 @@ pub(crate) struct Userspace {
     /// `None` once closed, so that the port is free then.
     udp: Mutex<Option<Arc<Udp>>>,
     virtual_out: Arc<SinkCell>,
-    /// Serialises the calls that change peers or keys.
-    control: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -223,7 +226,6 @@ impl Userspace {
             offloads,
             udp: Mutex::new(Some(udp.clone())),
             virtual_out,
-            control: Mutex::default(),
             threads: Mutex::default(),
         };
         let (pass_on, handshakes) = sync_channel(HANDSHAKES_WAITING_MAX);
@@ -259,7 +261,7 @@ impl Userspace {
     }
 
     fn change(&self) -> Result<MutexGuard<'_, ()>, TunnelError> {
-        let guard = lock(&self.control);
+        let guard = lock(&self.shared.control);
         if self.shared.is_stopped() { Err(TunnelError::Closed) } else { Ok(guard) }
     }
 
@@ -267,15 +269,47 @@ impl Userspace {
         self.shared.registry().by_key(key).cloned()
     }
 
-    /// Lets the limiter grow with the number of peers. Outstanding cookies become void, which costs
-    /// their holders one more round trip.
+    /// Lets the limiter grow with the number of peers.
     fn grow_limit(&self, peers: usize) {
-        let identity = self.shared.identity();
+        let Identities { current, next } = self.shared.identities();
         let wanted = (peers as u64 * HANDSHAKES_PER_SECOND_PER_PEER).min(HANDSHAKES_PER_SECOND_MAX);
-        if wanted > identity.limit {
+        if wanted > current.limit {
             // Powers of two, so that it does not happen with every peer.
-            self.shared.set_identity(Identity::new(identity.private.clone(), wanted.next_power_of_two()));
+            let grown = |own: &Arc<Identity>| Arc::new(own.with_limit(wanted.next_power_of_two()));
+            let (current, next) = (grown(&current), next.as_ref().map(grown));
+            self.shared.set_identities(Identities { current, next });
         }
+    }
+
+    /// Puts a twin beside each of `peers`.
+    fn add_twins(&self, peers: &[Arc<Peer>], next: &Identity) -> Result<(), TunnelError> {
+        for peer in peers {
+            let index =
+                self.shared.registry_mut().reserve(rand::random()).ok_or(TunnelError::TooManyPeers)?;
+            let start = Instant::now() + greeting_delay(peers.len());
+            let twin = Arc::new(peer.twin(next, index, start));
+            self.shared.registry_mut().insert_twin(twin);
+        }
+        Ok(())
+    }
+
+    /// Ends peers that are no longer found. Packets of theirs may still be on their way after this.
+    fn retire(&self, peers: &[Arc<Peer>]) {
+        for peer in peers {
+            peer.lock().remove();
+        }
+    }
+
+    fn forget_next_key(&self) -> bool {
+        let Identities { current, next } = self.shared.identities();
+        self.shared.set_identities(Identities { current, next: None });
+        let dropped = self.shared.registry_mut().drop_twins();
+        self.retire(&dropped);
+        next.is_some()
+    }
+
+    fn both(&self, key: &PublicKey) -> Vec<Arc<Peer>> {
+        self.shared.registry().both(key).cloned().collect()
     }
 }
 
@@ -297,89 +331,180 @@ impl Tunnel for Userspace {
     }
 
     fn public_key(&self) -> PublicKey {
-        self.shared.identity().public
+        self.shared.identities().current.public
     }
 
     fn set_peer(&self, config: PeerConfig) -> Result<(), TunnelError> {
         config.check()?;
         let _control = self.change()?;
-        let identity = self.shared.identity();
-        if config.public_key == identity.public {
-            return Err(TunnelError::OwnKey { peer: config.public_key });
+        let own = self.shared.identities();
+        let key = config.public_key;
+        if own.iter().any(|own| own.public == key) {
+            return Err(TunnelError::OwnKey { peer: key });
         }
-        let known = self.find(&config.public_key);
+        let known = self.find(&key);
         // Only this call and the others under `control` change routes, so what is free now stays free.
-        let overlap = self.shared.registry().conflict(&config.allowed_ips, known.as_ref());
+        let overlap = self.shared.registry().conflict(&config.allowed_ips, &key);
         if let Some((prefix, owner)) = overlap {
-            return Err(TunnelError::AllowedIpsOverlap { peer: config.public_key, owner, prefix });
+            return Err(TunnelError::AllowedIpsOverlap { peer: key, owner, prefix });
         }
         let new = config.allowed_ips.clone();
-        let peer = match known {
+        match known {
             Some(peer) => {
                 let old = peer.lock().allowed_ips().to_vec();
-                self.shared.registry_mut().route(&peer, &old, &new);
-                peer.lock().update(config, &identity.private, Instant::now());
-                peer
+                self.shared.registry_mut().route(&key, &old, &new);
+                peer.lock().update(config.clone(), &own.current, Instant::now());
+                let twin = self.shared.registry().twin(&key).cloned();
+                if let (Some(twin), Some(next)) = (twin, &own.next) {
+                    twin.lock().update(config, next, Instant::now());
+                    self.shared.tick_soon(&twin);
+                }
+                self.shared.tick_soon(&peer);
             }
             None => {
-                let count = self.shared.registry().peers().len() + 1;
-                let index =
-                    self.shared.registry_mut().reserve(rand::random()).ok_or(TunnelError::TooManyPeers)?;
+                let count = self.shared.registry().len() + 1;
+                if count > PEERS_MAX {
+                    return Err(TunnelError::TooManyPeers);
+                }
+                let (index, owner) = {
+                    let mut registry = self.shared.registry_mut();
+                    (registry.reserve(rand::random()).ok_or(TunnelError::TooManyPeers)?, registry.new_owner())
+                };
                 let start = Instant::now() + greeting_delay(count);
-                let peer = Arc::new(Peer::new(config, &identity.private, index, start));
+                let peer = Arc::new(Peer::new(config, &own.current, index, owner, start));
                 self.shared.registry_mut().insert(peer.clone(), &new);
+                if let Some(next) = &own.next {
+                    self.add_twins(std::slice::from_ref(&peer), next)?;
+                }
                 self.grow_limit(count);
-                peer
+                self.shared.tick_soon(&peer);
             }
-        };
-        self.shared.tick_soon(&peer);
+        }
         Ok(())
     }
 
     fn remove_peer(&self, key: &PublicKey) -> bool {
-        let _control = lock(&self.control);
-        let Some(peer) = self.shared.registry_mut().remove(key) else { return false };
-        peer.lock().remove();
+        let _control = lock(&self.shared.control);
+        let removed = self.shared.registry_mut().remove(key);
+        self.retire(&removed);
         // A packet that was decrypted a moment ago may still be on its way to the interface.
         self.shared.quiescence.wait();
-        true
+        !removed.is_empty()
     }
 
     fn set_endpoint(&self, key: &PublicKey, endpoint: SocketAddr) -> bool {
-        let Some(peer) = self.find(key).filter(|_| is_usable(endpoint)) else { return false };
-        peer.lock().set_endpoint(endpoint);
-        self.shared.tick_soon(&peer);
-        true
+        let peers = if is_usable(endpoint) { self.both(key) } else { Vec::new() };
+        for peer in &peers {
+            peer.lock().set_endpoint(endpoint);
+            self.shared.tick_soon(peer);
+        }
+        !peers.is_empty()
     }
 
     fn rotate_key(&self, private_key: PrivateKey) -> Result<(), TunnelError> {
         let _control = self.change()?;
-        let (public, limit) = (private_key.public(), self.shared.identity().limit);
+        let (public, limit) = (private_key.public(), self.shared.identities().current.limit);
         if self.find(&public).is_some() {
             return Err(TunnelError::OwnKey { peer: public });
         }
-        self.shared.set_identity(Identity::new(private_key.clone(), limit));
-        let peers: Vec<_> = self.shared.registry().peers().cloned().collect();
+        self.forget_next_key();
+        let own = Identities::new(private_key, limit);
+        self.shared.set_identities(own.clone());
+        let peers: Vec<_> = self.shared.registry().all().cloned().collect();
         for peer in &peers {
-            peer.lock().renew(&private_key, Instant::now() + greeting_delay(peers.len()));
+            peer.lock().renew(&own.current, Instant::now() + greeting_delay(peers.len()));
         }
         self.shared.quiescence.wait();
         self.shared.housekeeper.wake();
         Ok(())
     }
 
+    fn add_next_key(&self, private_key: PrivateKey) -> Result<(), TunnelError> {
+        let _control = self.change()?;
+        let (public, current) = (private_key.public(), self.shared.identities().current);
+        if public == current.public || self.find(&public).is_some() {
+            return Err(TunnelError::OwnKey { peer: public });
+        }
+        self.forget_next_key();
+        let next = Arc::new(Identity::new(private_key, current.limit));
+        let peers: Vec<_> = self.shared.registry().all().cloned().collect();
+        if let Err(error) = self.add_twins(&peers, &next) {
+            self.forget_next_key();
+            return Err(error);
+        }
+        self.shared.set_identities(Identities { current, next: Some(next) });
+        self.shared.housekeeper.wake();
+        Ok(())
+    }
+
+    fn peers_of_next_key(&self) -> Vec<PeerStats> {
+        let twins: Vec<_> = self.shared.registry().pairs().filter_map(|(_, twin)| twin.cloned()).collect();
+        let now = Instant::now();
+        twins.iter().map(|twin| twin.lock().stats(twin.key, now)).collect()
+    }
+
+    fn switch_to_next_key(&self) -> bool {
+        let _control = lock(&self.shared.control);
+        let Some(current) = self.shared.identities().next else { return false };
+        self.shared.set_identities(Identities { current, next: None });
+        let replaced = self.shared.registry_mut().promote_twins();
+        self.retire(&replaced);
+        let peers: Vec<_> = self.shared.registry().all().cloned().collect();
+        for peer in &peers {
+            let mut state = peer.lock();
+            if !state.has_session() {
+                state.want_initiation();
+            }
+        }
+        self.shared.quiescence.wait();
+        self.shared.housekeeper.wake();
+        true
+    }
+
+    fn drop_next_key(&self) -> bool {
+        let _control = lock(&self.shared.control);
+        let dropped = self.forget_next_key();
+        self.shared.quiescence.wait();
+        dropped
+    }
+
+    fn hand_over(&self, from: &PublicKey, to: &PublicKey) -> Result<(), TunnelError> {
+        let _control = self.change()?;
+        let (old, new) = (self.both(from), self.both(to));
+        let unknown = |peer: &PublicKey| TunnelError::UnknownPeer { peer: *peer };
+        let giver = old.first().ok_or_else(|| unknown(from))?;
+        let taker = new.first().ok_or_else(|| unknown(to))?;
+        if from == to {
+            return Ok(());
+        }
+        let (given, had) = (giver.lock().allowed_ips().to_vec(), taker.lock().allowed_ips().to_vec());
+        let all = [had.as_slice(), &given].concat();
+        if all.len() > ALLOWED_IPS_PER_PEER_MAX {
+            return Err(TunnelError::TooManyAllowedIps { peer: *to, count: all.len() });
+        }
+        old.iter().for_each(|peer| peer.join(taker));
+        // In one step for those who look addresses up: they find one or the other.
+        self.shared.registry_mut().route(to, &had, &all);
+        old.iter().for_each(|peer| peer.lock().set_allowed_ips(Vec::new()));
+        new.iter().for_each(|peer| peer.lock().set_allowed_ips(all.clone()));
+        Ok(())
+    }
+
     fn initiate_handshake(&self, key: &PublicKey) -> bool {
-        let Some(peer) = self.find(key) else { return false };
-        let wanted = peer.lock().want_initiation();
-        if wanted {
-            self.shared.tick_soon(&peer);
+        let mut wanted = false;
+        for peer in self.both(key) {
+            if peer.lock().want_initiation() {
+                self.shared.tick_soon(&peer);
+                wanted = true;
+            }
         }
         wanted
     }
 
     fn probe(&self, key: &PublicKey, to: &[SocketAddr]) -> bool {
         let usable: Vec<_> = to.iter().copied().filter(|address| is_usable(*address)).collect();
-        let Some(peer) = self.find(key).filter(|_| !usable.is_empty()) else { return false };
+        let holder = self.shared.registry().holder(key).cloned();
+        let Some(peer) = holder.filter(|_| !usable.is_empty()) else { return false };
         let wanted = peer.lock().want_probes(&usable);
         if wanted {
             self.shared.tick_soon(&peer);
@@ -419,9 +544,11 @@ impl Tunnel for Userspace {
     }
 
     fn peers(&self) -> Vec<PeerStats> {
-        let peers: Vec<_> = self.shared.registry().peers().cloned().collect();
+        let cloned = |(peer, twin): (&Arc<Peer>, Option<&Arc<Peer>>)| (peer.clone(), twin.cloned());
+        let pairs: Vec<_> = self.shared.registry().pairs().map(cloned).collect();
         let now = Instant::now();
-        peers.iter().map(|peer| peer.lock().stats(peer.key, now)).collect()
+        let stats = |peer: &Arc<Peer>| peer.lock().stats(peer.key, now);
+        pairs.iter().map(|(peer, twin)| PeerStats::merged(stats(peer), twin.as_ref().map(stats))).collect()
     }
 
     fn counters(&self) -> Counters {

@@ -61,6 +61,10 @@ pub enum TunnelError {
     TooManyAllowedIps { peer: PublicKey, count: usize },
     #[error("the interface has {PEERS_MAX} peers, which is the limit")]
     TooManyPeers,
+    #[error("there is no peer {peer}")]
+    UnknownPeer { peer: PublicKey },
+    #[error("the {backend} cannot {action}")]
+    Unsupported { backend: &'static str, action: &'static str },
     #[error("the tunnel is closed")]
     Closed,
 }

@@ -11,6 +11,7 @@ use boringtun::noise::{Packet, Tunn};
 use nix::poll::{PollFd, PollTimeout};
 
 use crate::engine::{Shared, count};
+use crate::identity::Identity;
 use crate::key::PublicKey;
 use crate::packet::{INITIATION_BYTES, Message};
 use crate::peer::{BUFFER_BYTES, Notes, Outgoing, Peer};
@@ -74,6 +75,9 @@ impl Housekeeper {
                 .map_err(|error| format!("cannot wait: {error}"))?;
             shared.housekeeper.clear();
             busy = self.answer_handshakes();
+            for key in shared.take_arrived() {
+                shared.use_twin(&key);
+            }
             for peer in shared.take_urgent() {
                 self.tick(&peer);
             }
@@ -84,7 +88,7 @@ impl Housekeeper {
             }
             if now >= next_reset {
                 next_reset = now + LIMITER_RESET;
-                shared.identity().limiter.reset_count();
+                shared.identities().iter().for_each(|identity| identity.limiter.reset_count());
             }
         }
         Ok(())
@@ -92,7 +96,7 @@ impl Housekeeper {
 
     fn tick_all(&mut self) {
         let mut peers = std::mem::take(&mut self.peers);
-        peers.extend(self.shared.registry().peers().cloned());
+        peers.extend(self.shared.registry().all().cloned());
         for peer in peers.drain(..) {
             self.tick(&peer);
         }
@@ -143,10 +147,16 @@ impl Housekeeper {
                 else {
                     return None;
                 };
-                let own = self.shared.identity();
-                let half =
-                    parse_handshake_anon(&own.private.secret(), &own.public.to_x25519(), &initiation).ok()?;
-                self.shared.registry().by_key(&PublicKey(half.peer_static_public)).cloned()
+                let own = self.shared.identities();
+                // A key that it is not for fails to decrypt; so does a forgery, for both.
+                let claim = |own: &Identity| {
+                    parse_handshake_anon(&own.private.secret(), &own.public.to_x25519(), &initiation).ok()
+                };
+                if let Some(half) = claim(&own.current) {
+                    return self.shared.registry().by_key(&PublicKey(half.peer_static_public)).cloned();
+                }
+                let half = claim(own.next.as_deref()?)?;
+                self.shared.registry().twin(&PublicKey(half.peer_static_public)).cloned()
             }
             Message::Response { receiver } | Message::CookieReply { receiver } => {
                 self.shared.registry().by_session(receiver).cloned()

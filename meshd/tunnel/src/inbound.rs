@@ -133,19 +133,23 @@ impl Inbound {
 
     /// Judges a handshake message before anything expensive is done for it.
     fn handshake(&self, datagram: &[u8], from: SocketAddr) {
-        let identity = self.shared.identity();
-        let mut cookie = [0; packet::COOKIE_REPLY_BYTES];
-        let verdict = identity.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie).map(drop);
-        match verdict {
-            Ok(()) => self.pass_on(datagram, from),
-            Err(TunnResult::WriteToNetwork(reply)) => {
-                count(&self.shared.counters.rx_under_load);
-                if self.udp.send_now(reply, from).is_err() {
-                    count(&self.shared.counters.tx_socket_errors);
+        for identity in self.shared.identities().iter() {
+            let mut cookie = [0; packet::COOKIE_REPLY_BYTES];
+            let verdict = identity.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie).map(drop);
+            match verdict {
+                Ok(()) => return self.pass_on(datagram, from),
+                Err(TunnResult::WriteToNetwork(reply)) => {
+                    count(&self.shared.counters.rx_under_load);
+                    if self.udp.send_now(reply, from).is_err() {
+                        count(&self.shared.counters.tx_socket_errors);
+                    }
+                    return;
                 }
+                // Not for this key of ours.
+                Err(_) => {}
             }
-            Err(_) => count(&self.shared.counters.rx_invalid),
         }
+        count(&self.shared.counters.rx_invalid);
     }
 
     /// Gives a handshake message to the housekeeper.
@@ -225,7 +229,7 @@ impl Delivery {
             let allowed = match last {
                 Some((known, allowed)) if known == source => allowed,
                 // The whole table, not this peer's list: a nested prefix of another peer must win.
-                _ => registry.by_address(source) == Some(peer),
+                _ => registry.by_address(source).is_some_and(|holder| holder.owner() == peer.owner()),
             };
             last = Some((source, allowed));
             if !allowed {

@@ -40,6 +40,7 @@ mod tunnel;
 
 mod allowed_ips;
 mod detour;
+mod identity;
 mod offload;
 mod packet;
 mod peer;

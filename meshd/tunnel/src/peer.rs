@@ -10,16 +10,17 @@
 //! - its keepalive interval cannot be changed later: ours can.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Tunn, TunnResult};
 
 use crate::config::PeerConfig;
 use crate::detour::is_virtual;
-use crate::key::{PrivateKey, PublicKey};
+use crate::identity::Identity;
+use crate::key::PublicKey;
 use crate::packet::{self, Message};
 use crate::tunnel::PeerStats;
 
@@ -52,6 +53,9 @@ pub(crate) struct Peer {
     pub(crate) key: PublicKey,
     /// 24 bits, in every session index that we hand out.
     pub(crate) index: u32,
+    /// Peers with the same number may use each other's inner addresses: the twins of one peer, and two
+    /// keys of one peer while one hands over to the other.
+    owner: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -64,7 +68,7 @@ impl PartialEq for Peer {
 
 impl Peer {
     /// `start` is when a peer with a keepalive is first greeted.
-    pub(crate) fn new(config: PeerConfig, own: &PrivateKey, index: u32, start: Instant) -> Self {
+    pub(crate) fn new(config: PeerConfig, own: &Identity, index: u32, owner: u64, start: Instant) -> Self {
         let (key, now) = (config.public_key, Instant::now());
         let state = State {
             tunn: new_tunn(own, &config, index),
@@ -73,6 +77,7 @@ impl Peer {
             keepalive: config.keepalive(),
             config,
             removed: false,
+            is_twin: false,
             backlog: Backlog::Empty,
             initiation_wanted: false,
             probes: Vec::new(),
@@ -91,7 +96,30 @@ impl Peer {
             rx_bytes: 0,
             tx_bytes: 0,
         };
-        Self { key, index, state: Mutex::new(state) }
+        Self { key, index, owner: AtomicU64::new(owner), state: Mutex::new(state) }
+    }
+
+    /// The same peer for another key of ours: no session, but where it is and what it may is known.
+    pub(crate) fn twin(&self, own: &Identity, index: u32, start: Instant) -> Self {
+        let (config, endpoint) = {
+            let state = self.lock();
+            (state.config.clone(), state.endpoint)
+        };
+        let twin = Self::new(config, own, index, self.owner(), start);
+        {
+            let mut state = twin.lock();
+            (state.endpoint, state.is_twin) = (endpoint, true);
+        }
+        twin
+    }
+
+    pub(crate) fn owner(&self) -> u64 {
+        self.owner.load(Ordering::Acquire)
+    }
+
+    /// From here on the peer may send what `other` may.
+    pub(crate) fn join(&self, other: &Self) {
+        self.owner.store(other.owner(), Ordering::Release);
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -116,6 +144,8 @@ pub(crate) struct State {
     keepalive: Option<Duration>,
     config: PeerConfig,
     removed: bool,
+    /// Of a second key of ours, and not yet used by the peer for packets.
+    is_twin: bool,
     backlog: Backlog,
     initiation_wanted: bool,
     /// Where else the next initiation goes.
@@ -182,6 +212,8 @@ pub(crate) struct Notes {
     pub(crate) silent: bool,
     /// An answer to our initiation: where from and how long it took.
     pub(crate) answered: Option<(SocketAddr, Duration)>,
+    /// The peer has begun to use the second key of ours.
+    pub(crate) twin_in_use: bool,
 }
 
 impl State {
@@ -252,6 +284,7 @@ impl State {
             TunnResult::Done => Received::Keepalive,
             TunnResult::WriteToNetwork(_) | TunnResult::Err(_) => return Received::Invalid,
         };
+        notes.twin_in_use |= matches!(received, Received::Packet { .. }) && std::mem::take(&mut self.is_twin);
         self.authenticated((datagram.len(), from), now, notes);
         let unconfirmed = &mut self.unconfirmed[receiver as usize % SESSIONS];
         if *unconfirmed == Some(receiver) {
@@ -373,7 +406,7 @@ impl State {
     }
 
     /// Takes a new configuration of the same peer, and greets it at `start` if it should be up.
-    pub(crate) fn update(&mut self, config: PeerConfig, own: &PrivateKey, start: Instant) {
+    pub(crate) fn update(&mut self, config: PeerConfig, own: &Identity, start: Instant) {
         if config.endpoint.is_some() && config.endpoint != self.config.endpoint {
             self.endpoint = config.endpoint.map(packet::unmapped);
             self.retry_at = start;
@@ -390,7 +423,7 @@ impl State {
     }
 
     /// Starts over under the own key `own`: session and waiting packets are gone.
-    pub(crate) fn renew(&mut self, own: &PrivateKey, start: Instant) {
+    pub(crate) fn renew(&mut self, own: &Identity, start: Instant) {
         let was_up = self.last_handshake.is_some();
         self.tunn = new_tunn(own, &self.config, self.index);
         self.backlog = Backlog::Empty;
@@ -398,6 +431,11 @@ impl State {
         (self.rtt, self.unanswered_since, self.silent) = (None, None, false);
         (self.retry_at, self.retry_pause) = (start, RETRY_FIRST);
         self.initiation_wanted = was_up && self.endpoint.is_some();
+    }
+
+    /// Takes `allowed_ips` instead of those it has.
+    pub(crate) fn set_allowed_ips(&mut self, allowed_ips: Vec<ipnet::IpNet>) {
+        self.config.allowed_ips = allowed_ips;
     }
 
     /// From here on the peer neither sends nor accepts anything.
@@ -417,7 +455,7 @@ impl State {
         }
     }
 
-    fn has_session(&self) -> bool {
+    pub(crate) fn has_session(&self) -> bool {
         self.tunn.time_since_last_handshake().is_some()
     }
 
@@ -514,11 +552,11 @@ impl State {
     }
 }
 
-fn new_tunn(own: &PrivateKey, config: &PeerConfig, index: u32) -> Tunn {
+fn new_tunn(own: &Identity, config: &PeerConfig, index: u32) -> Tunn {
     // The front limiter has judged every message before it gets here; this one must not judge again.
-    let unlimited = Arc::new(RateLimiter::new(&own.public().to_x25519(), u64::MAX));
+    let unlimited = own.unlimited.clone();
     let psk = config.preshared_key.as_ref().map(|key| *key.to_bytes());
-    Tunn::new(own.secret(), config.public_key.to_x25519(), psk, None, index, Some(unlimited))
+    Tunn::new(own.private.secret(), config.public_key.to_x25519(), psk, None, index, Some(unlimited))
 }
 
 fn is_data(datagram: &[u8]) -> bool {

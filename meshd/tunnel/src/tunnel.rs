@@ -49,6 +49,48 @@ pub trait Tunnel: Send + Sync {
     /// Nothing has changed. [`TunnelError::OwnKey`] if a peer has this key, [`TunnelError::Closed`].
     fn rotate_key(&self, private_key: PrivateKey) -> Result<(), TunnelError>;
 
+    /// Lets peers reach us under a second private key, beside the first: handshakes on either are answered,
+    /// and each peer has a session of its own with either. Packets leave under the first key until a
+    /// packet of the peer comes in under the second, which shows that it has changed over; then under
+    /// that. Peers with an endpoint and a keepalive are greeted under the second key until they answer.
+    /// A second key that was there before is dropped.
+    ///
+    /// # Errors
+    /// [`TunnelError::OwnKey`] if it is the first key or a peer's, [`TunnelError::TooManyPeers`],
+    /// [`TunnelError::Closed`], [`TunnelError::Unsupported`].
+    fn add_next_key(&self, private_key: PrivateKey) -> Result<(), TunnelError> {
+        let _ = private_key;
+        Err(TunnelError::Unsupported { backend: "kernel", action: "have two private keys" })
+    }
+
+    /// All peers as they stand under the second key, ordered by key; empty if there is none.
+    fn peers_of_next_key(&self) -> Vec<PeerStats> {
+        Vec::new()
+    }
+
+    /// The second key takes the place of the first, **which is dead** when this returns. Sessions under the
+    /// second go on; peers without one are greeted at once. `false` if there is no second key.
+    fn switch_to_next_key(&self) -> bool {
+        false
+    }
+
+    /// Goes back to the first key alone. `false` if there was no second.
+    fn drop_next_key(&self) -> bool {
+        false
+    }
+
+    /// The other side of a peer's change of keys: `to` is the same peer as `from` under its new key. The
+    /// allowed IPs move in one step, so no packet falls between; until `from` is removed, both may send
+    /// from them. Call it when `to` has a session.
+    ///
+    /// # Errors
+    /// Nothing has changed. [`TunnelError::UnknownPeer`], [`TunnelError::TooManyAllowedIps`],
+    /// [`TunnelError::Closed`], [`TunnelError::Unsupported`].
+    fn hand_over(&self, from: &PublicKey, to: &PublicKey) -> Result<(), TunnelError> {
+        let _ = (from, to);
+        Err(TunnelError::Unsupported { backend: "kernel", action: "hand a peer's addresses over" })
+    }
+
     /// Sends a handshake initiation now, whether or not there is a session: a probe of the endpoint. An
     /// answer shows as [`HandshakeDone`](crate::TunnelEvent::HandshakeDone); a session in use stays in
     /// use until then. Calls closer together than 20 ms are one. `false` if there is no such peer
@@ -182,6 +224,22 @@ pub struct PeerStats {
     pub tx_bytes: u64,
     /// Round trip of the last handshake that we began.
     pub rtt: Option<Duration>,
+}
+
+impl PeerStats {
+    /// A peer under two keys of ours as one: the path of the younger session, the bytes of both.
+    pub(crate) fn merged(first: Self, second: Option<Self>) -> Self {
+        let Some(second) = second else { return first };
+        let age = |stats: &Self| stats.last_handshake.unwrap_or(Duration::MAX);
+        let (younger, older) = if age(&second) < age(&first) { (second, first) } else { (first, second) };
+        Self {
+            has_session: younger.has_session || older.has_session,
+            rx_bytes: younger.rx_bytes + older.rx_bytes,
+            tx_bytes: younger.tx_bytes + older.tx_bytes,
+            rtt: younger.rtt.or(older.rtt),
+            ..younger
+        }
+    }
 }
 
 /// What was dropped and why, since the start of the interface.

@@ -1,20 +1,21 @@
 //! Two peers' state machines, talking to each other without a network.
 
 use super::*;
-use crate::key::PresharedKey;
+use crate::key::{PresharedKey, PrivateKey};
+use boringtun::noise::rate_limiter::RateLimiter;
 use proptest::prelude::*;
 
 const A: ([u8; 4], u16) = ([192, 0, 2, 1], 1000);
 const B: ([u8; 4], u16) = ([192, 0, 2, 2], 2000);
 const ELSEWHERE: ([u8; 4], u16) = ([198, 51, 100, 3], 3000);
 
-fn own(byte: u8) -> PrivateKey {
-    PrivateKey::from_bytes([byte; 32])
+fn own(byte: u8) -> Identity {
+    Identity::new(PrivateKey::from_bytes([byte; 32]), 100)
 }
 
 fn config(byte: u8, endpoint: Option<([u8; 4], u16)>) -> PeerConfig {
     PeerConfig {
-        public_key: own(byte).public(),
+        public_key: own(byte).public,
         preshared_key: None,
         endpoint: endpoint.map(Into::into),
         allowed_ips: Vec::new(),
@@ -37,8 +38,8 @@ fn packet(length: u16) -> Vec<u8> {
 /// `a` knows where `b` is; nothing was sent yet.
 fn pair() -> (Peer, Peer) {
     let now = Instant::now();
-    let a = Peer::new(config(2, Some(B)), &own(1), 0x10_0001, now);
-    let b = Peer::new(config(1, None), &own(2), 0x20_0002, now);
+    let a = Peer::new(config(2, Some(B)), &own(1), 0x10_0001, 1, now);
+    let b = Peer::new(config(1, None), &own(2), 0x20_0002, 2, now);
     (a, b)
 }
 
@@ -127,7 +128,7 @@ fn a_cookie_reply_does_not_move_the_endpoint() {
     let (a, _) = pair();
     let initiation = initiation(&a);
     // What the other side's limiter answers when it is under load from the first message on.
-    let limiter = RateLimiter::new(&own(2).public().to_x25519(), 0);
+    let limiter = RateLimiter::new(&own(2).public.to_x25519(), 0);
     let mut cookie = [0; packet::COOKIE_REPLY_BYTES];
     let reply = limiter.verify_packet(Some(std::net::Ipv4Addr::LOCALHOST.into()), &initiation, &mut cookie);
     assert!(matches!(reply, Err(TunnResult::WriteToNetwork(_))));

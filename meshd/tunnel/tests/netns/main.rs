@@ -12,4 +12,5 @@ mod hostile;
 mod interop;
 mod lifecycle;
 mod paths;
+mod rotation;
 mod sessions;
