@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test bench lint docs deps deps-test build check-tree
+.PHONY: help demo test bench lint audit docs deps deps-test build check-tree
 help:
 	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
 	@echo "make test    every test, lint and judge (what CI runs)"
 	@echo "make bench   the figures, as ratios against a baseline of the same run"
 	@echo "make lint    formatting, clippy, documentation, dependency arrows"
+	@echo "make audit   advisories, licences and sources of the dependencies (ADVISORY_DB=DIR, cargo-deny)"
 
 # What the demo needs beside Rust and a C compiler; installed with apt-get (and sudo when not root) if missing.
 deps:
@@ -39,6 +40,10 @@ docs:
 # The arrows between our crates, and that `core` and `ca` stay pure.
 check-tree:
 	@tests/check-tree
+
+# Known holes and licences, by deny.toml; offline, against a copy of the RustSec database.
+audit:
+	@ADVISORY_DB="$(ADVISORY_DB)" tests/audit
 
 bench: deps-test
 	tests/bench/run
