@@ -6,6 +6,8 @@
 //! - `root.crl.pem`, `issuing.crl.pem` (empty), `issuing-revoked.crl.pem` (lists `leaf-revoked.pem`)
 //! - `addressed/`: a leaf that names a CRL address, one of them revoked, and the CRL of that address
 
+#![allow(clippy::disallowed_methods)] // The library is pure; this program writes files.
+
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
