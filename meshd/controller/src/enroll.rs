@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use crate::archive::Archive;
 use crate::authority::{LeafRequest, label};
 use crate::directory::Directory;
-use crate::failpoint::Failpoint;
+use crate::failpoint;
 use crate::identity::{IdentityAnswers, leaf_of_node};
 use crate::issuer::{Issuing, check_requested_names};
 use crate::reservations::Reservations;
@@ -184,12 +184,12 @@ impl Enroller {
         check_requested_names(csr.requested_names(), &request.names, &request.ips, uri.as_deref())?;
         let certificate = self.issuing.sign(request, csr).await?;
         let key_hash = certificate.key_hash;
-        Failpoint::EnrollBeforeCommit.crash();
+        failpoint::ENROLL_BEFORE_COMMIT.crash();
         let name = enrollment.name.clone();
         let command = Command::Enroll { token, node, name, ipv4, wireguard, certificate };
         // Commit point.
         let committed = self.writer.submit(as_token(token, enrollment.operation, command)).await;
-        Failpoint::EnrollAfterCommit.crash();
+        failpoint::ENROLL_AFTER_COMMIT.crash();
         let committed = match committed {
             Err(WriteError::Refused(
                 refusal @ (Refusal::AddressTaken { .. }
@@ -209,7 +209,7 @@ impl Enroller {
             .ok_or_else(|| Problem::internal("an enrolled node is missing"))?;
         tracing::info!(%node, name = %enrollment.name, seq = committed.seq, changed = committed.changed(), "node enrolled");
         let identity = self.answers.identity(node)?;
-        Failpoint::EnrollBeforeAnswer.crash();
+        failpoint::ENROLL_BEFORE_ANSWER.crash();
         Ok(pb::EnrollResponse { outcome: Some(pb::enroll_response::Outcome::Enrolled(identity)) })
     }
 

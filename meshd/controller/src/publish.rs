@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::authority::{CaRole, crl_entry};
 use crate::directory::Directory;
-use crate::failpoint::Failpoint;
+use crate::failpoint;
 use crate::issuer::Issuing;
 use crate::limits::{CRL_RESIGN_AFTER, ROOT_CRL_RESIGN_BEFORE};
 use crate::state::{read_file, replace_file};
@@ -81,7 +81,7 @@ impl Publisher {
             self.load(role);
         }
         self.refresh().await?;
-        if Failpoint::CrlPushDisabled.is_set() {
+        if failpoint::CRL_PUSH_DISABLED.is_set() {
             let now = self.published();
             *self.frozen.write().unwrap_or_else(PoisonError::into_inner) = Some(now);
         }

@@ -19,7 +19,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::clock::ControllerClock;
 use crate::connect::{connect, joining_config};
-use crate::failpoint::Failpoint;
+use crate::failpoint;
 use crate::failure::Failure;
 use crate::limits::{APPROVAL_FIRST, APPROVAL_LONGEST, CALL_TIMEOUT, CONTROLLERS_MAX, TOKEN_CHARS_MAX};
 use crate::pki;
@@ -137,7 +137,7 @@ impl Joiner {
             wireguard_key,
         };
         self.state.save_enrollment(&enrollment)?;
-        Failpoint::EnrollAfterKeys.crash();
+        failpoint::ENROLL_AFTER_KEYS.crash();
         Ok(enrollment)
     }
 
@@ -153,7 +153,7 @@ impl Joiner {
             match self.ask(enrollment, progress).await {
                 Ok(Outcome::Enrolled(answer)) => {
                     let identity = self.accept(enrollment, answer)?;
-                    Failpoint::EnrollBeforeSave.crash();
+                    failpoint::ENROLL_BEFORE_SAVE.crash();
                     // Commit point: from here on this machine is that node.
                     self.state.save_identity(&identity)?;
                     self.state.save_clock(ClockFile { offset_secs: self.clock.offset_secs() })?;
@@ -232,7 +232,7 @@ impl Joiner {
         });
         request.set_timeout(CALL_TIMEOUT);
         let answer = EnrollmentClient::new(connected.channel).enroll(request).await;
-        Failpoint::EnrollAfterSend.crash();
+        failpoint::ENROLL_AFTER_SEND.crash();
         match answer {
             Ok(answer) => answer.into_inner().outcome.ok_or_else(|| unclear("the answer is empty")),
             Err(status) => Err(Failure::from_status(&status)),

@@ -9,7 +9,7 @@ use mesh_core::NodeId;
 use mesh_tunnel::{PeerConfig, PublicKey};
 
 use super::{KEEPALIVE, Worker, empty_firewall};
-use crate::failpoint::Failpoint;
+use crate::failpoint;
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::firewall::Firewall;
@@ -126,7 +126,7 @@ impl Worker {
         self.leases.keep(&serials);
         // One second past the end, since times in certificates are whole seconds and inclusive.
         self.next_lease = self.leases.next(boot).map(|left| boot + left + Duration::from_secs(1));
-        if Failpoint::PeerRemovalDisabled.is_set() {
+        if failpoint::PEER_REMOVAL_DISABLED.is_set() {
             for (id, peer) in &self.current {
                 peers.entry(*id).or_insert_with(|| peer.clone());
             }
