@@ -2,6 +2,7 @@
 
 use std::{error::Error as StdError, fmt::Write as _, io, path::Path};
 
+pub(crate) use mesh_proto::Exit;
 use mesh_proto::v1::{ErrorCode, ErrorDetail};
 use prost::Message as _;
 use serde_json::json;
@@ -11,20 +12,6 @@ use crate::{
     text::safe,
 };
 
-/// How meshctl ends. The numbers are part of the contract.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Exit {
-    Done = 0,
-    Failed = 1,
-    Usage = 2,
-    Findings = 3,
-    Denied = 4,
-    Unreachable = 5,
-    NotFound = 6,
-    Conflict = 7,
-}
-
 /// Shown at the end of every `--help`.
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
@@ -32,21 +19,6 @@ Exit codes:
   1  failed                      5  unreachable, try again
   2  usage                       6  not found
   3  finished with findings      7  conflict";
-
-impl Exit {
-    fn from_wire(number: i32) -> Option<Self> {
-        use Exit::{Conflict, Denied, Failed, Findings, NotFound, Unreachable, Usage};
-        [Failed, Usage, Findings, Denied, Unreachable, NotFound, Conflict]
-            .into_iter()
-            .find(|exit| *exit as i32 == number)
-    }
-}
-
-impl From<Exit> for std::process::ExitCode {
-    fn from(exit: Exit) -> Self {
-        Self::from(exit as u8)
-    }
-}
 
 /// A failure as people and scripts see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +37,7 @@ impl Failure {
     pub(crate) fn new(code: ErrorCode, title: impl Into<String>) -> Self {
         Self {
             code,
-            exit: usual_exit(code),
+            exit: code.exit(),
             title: title.into(),
             facts: Vec::new(),
             why: String::new(),
@@ -189,7 +161,7 @@ impl Failure {
         };
         let mut failure = Self::new(detail.code(), title).why(why).next(&detail.next);
         failure.facts.clone_from(&detail.facts);
-        if let Some(exit) = Exit::from_wire(detail.exit) {
+        if let Some(exit) = Exit::failure(detail.exit) {
             failure.exit = exit;
         }
         failure
@@ -263,7 +235,7 @@ impl Failure {
     /// The text, with colours.
     pub(crate) fn render(&self) -> String {
         let mut out = String::new();
-        let head = paint(Tone::Bad, &format!("error[{}]:", code_name(self.code)));
+        let head = paint(Tone::Bad, &format!("error[{}]:", self.code.label()));
         let _ = writeln!(out, "{head} {}", safe(&self.title));
         for fact in &self.facts {
             let _ = writeln!(out, "  {}", safe(fact));
@@ -285,7 +257,7 @@ impl Failure {
             output.document(
                 "Error",
                 &json!({
-                    "code": code_name(self.code), "error": self.title, "facts": self.facts,
+                    "code": self.code.label(), "error": self.title, "facts": self.facts,
                     "why": self.why, "do": self.next, "exit": self.exit as u8,
                 }),
             );
@@ -295,75 +267,6 @@ impl Failure {
 
 fn unreachable_code(of: &str) -> ErrorCode {
     if of.contains("node") { ErrorCode::DaemonUnreachable } else { ErrorCode::ControllerUnreachable }
-}
-
-/// `E0412`.
-pub(crate) fn code_name(code: ErrorCode) -> String {
-    format!("E{:04}", code as i32)
-}
-
-/// The exit code that goes with an error unless the daemon says another. Daemons have the same numbers.
-pub(crate) fn usual_exit(code: ErrorCode) -> Exit {
-    use ErrorCode as C;
-    match code {
-        C::ConfigInvalid
-        | C::PassphraseMissing
-        | C::Usage
-        | C::NameInvalid
-        | C::NameWildcard
-        | C::CsrInvalid
-        | C::CsrSignature
-        | C::KeyWeak
-        | C::CsrForeignName
-        | C::CsrNotALeaf
-        | C::TooLarge
-        | C::TagInvalid
-        | C::PolicyInvalid => Exit::Usage,
-        C::NotAllReached => Exit::Findings,
-        C::PassphraseWrong
-        | C::ControllerNotTrusted
-        | C::Denied
-        | C::IdentityExpired
-        | C::IdentityRevoked
-        | C::IdentityUnknown
-        | C::NotEnrolled
-        | C::TokenInvalid
-        | C::TokenExpired
-        | C::TokenUsed
-        | C::TokenRevoked
-        | C::TokenNameMismatch
-        | C::EnrollmentRefused
-        | C::RootMismatch
-        | C::ResumeWindowPassed
-        | C::NameReserved
-        | C::NameOutsideDomain
-        | C::NameNotGranted
-        | C::KeyRevoked
-        | C::NodeRevoked => Exit::Denied,
-        C::ControllerUnreachable
-        | C::DaemonUnreachable
-        | C::TimedOut
-        | C::PeerUnreachable
-        | C::Overloaded => Exit::Unreachable,
-        C::StateNotFound
-        | C::TokenNotFound
-        | C::CertificateNotFound
-        | C::NodeNotFound
-        | C::OperatorNotFound => Exit::NotFound,
-        C::StateInUse
-        | C::StateExists
-        | C::PortInUse
-        | C::AlreadyEnrolled
-        | C::NameTaken
-        | C::KeyInUse
-        | C::NodeIdentity
-        | C::DirectoryNotOurs
-        | C::NameStopped
-        | C::NodePending
-        | C::OperatorExists
-        | C::LastAdmin => Exit::Conflict,
-        _ => Exit::Failed,
-    }
 }
 
 #[cfg(test)]
@@ -416,22 +319,6 @@ mod tests {
             let failure = Failure::from_status(&tonic::Status::new(code, "x"), "the controller");
             assert_eq!((failure.code, failure.exit), (error, exit), "{code:?}");
             assert!(!failure.next.is_empty(), "{code:?}");
-        }
-    }
-
-    /// What `meshctl explain` shows is what the daemons really answer.
-    #[test]
-    fn the_usual_exits_are_those_of_the_daemons() {
-        let table = [
-            (ErrorCode::ClockJump, Exit::Failed),
-            (ErrorCode::ApprovalPending, Exit::Failed),
-            (ErrorCode::NameWildcard, Exit::Usage),
-            (ErrorCode::NodeRevoked, Exit::Denied),
-            (ErrorCode::NameReserved, Exit::Denied),
-            (ErrorCode::NodePending, Exit::Conflict),
-        ];
-        for (code, exit) in table {
-            assert_eq!(usual_exit(code), exit, "{code:?}");
         }
     }
 

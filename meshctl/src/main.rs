@@ -41,7 +41,7 @@ use mesh_proto::v1::ErrorCode;
 use crate::{
     app::App,
     cli::{Cli, Command},
-    error::{Exit, Failure, Result, code_name},
+    error::{Exit, Failure, Result},
     output::{Tone, paint, write_bytes, write_text},
 };
 
@@ -114,11 +114,11 @@ fn usage(error: &clap::Error) -> Exit {
     }
     let plain = error.render().to_string();
     let body = plain.strip_prefix("error: ").unwrap_or(&plain);
-    anstream::eprint!("{} {body}", paint(Tone::Bad, &format!("error[{}]:", code_name(ErrorCode::Usage))));
+    anstream::eprint!("{} {body}", paint(Tone::Bad, &format!("error[{}]:", ErrorCode::Usage.label())));
     if json_was_asked_for(&std::env::args().collect::<Vec<_>>()) {
         let first = body.lines().next().unwrap_or_default();
         let document = serde_json::json!({
-            "apiVersion": output::API_VERSION, "kind": "Error", "code": code_name(ErrorCode::Usage), "error": first,
+            "apiVersion": output::API_VERSION, "kind": "Error", "code": ErrorCode::Usage.label(), "error": first,
             "facts": [], "why": "", "do": "see --help", "exit": Exit::Usage as u8,
         });
         write_bytes(format!("{document}\n").as_bytes());

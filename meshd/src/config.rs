@@ -273,7 +273,11 @@ mod tests {
             fs::write(&file, text).unwrap();
             let failure =
                 node(&file, "", &[]).and_then(|settings| settings.parse::<NodeSettings>()).unwrap_err();
-            assert_eq!((failure.code, failure.exit), (113, 2), "{text}");
+            assert_eq!(
+                (failure.code, failure.exit),
+                (mesh_controller::ErrorCode::ConfigInvalid, 2),
+                "{text}"
+            );
             assert!(failure.what.contains(part), "{text}: {failure}");
         }
         let failure = node(&file.with_file_name("missing.toml"), "", &[]).unwrap_err();

@@ -1,10 +1,11 @@
 use std::fmt;
 
+use mesh_controller::ErrorCode;
+
 /// Why the daemon ends: the same three facts, in the same form, as `meshctl` prints them.
 #[derive(Debug)]
 pub(crate) struct Failure {
-    /// Stable number, for example 412.
-    pub(crate) code: u16,
+    pub(crate) code: ErrorCode,
     pub(crate) what: String,
     pub(crate) facts: Vec<String>,
     pub(crate) why: String,
@@ -16,13 +17,13 @@ impl Failure {
     /// E0113: a setting that cannot be used.
     pub(crate) fn config(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self {
-            code: 113,
+            code: ErrorCode::ConfigInvalid,
             what: what.into(),
             facts: Vec::new(),
             why: why.into(),
             next: "correct it, then see all settings with `meshd controller config show --origin` (or `meshd node …`)"
                 .to_owned(),
-            exit: 2,
+            exit: ErrorCode::ConfigInvalid.exit() as u8,
         }
     }
 
@@ -42,36 +43,36 @@ impl Failure {
             }
         };
         Self {
-            code: 902,
+            code: ErrorCode::Usage,
             what,
             facts,
             why: String::new(),
             next: "correct it; `meshd --help` and `meshd ROLE COMMAND --help` show the forms".to_owned(),
-            exit: 2,
+            exit: ErrorCode::Usage.exit() as u8,
         }
     }
 
     /// E0114: no passphrase, and nobody to ask for one.
     pub(crate) fn passphrase(what: impl Into<String>, next: impl Into<String>) -> Self {
         Self {
-            code: 114,
+            code: ErrorCode::PassphraseMissing,
             what: what.into(),
             facts: Vec::new(),
             why: "the CA's keys are sealed with a passphrase, and there is no terminal to ask on".to_owned(),
             next: next.into(),
-            exit: 2,
+            exit: ErrorCode::PassphraseMissing.exit() as u8,
         }
     }
 
     /// E0900: the machine refused something that every program gets.
     pub(crate) fn internal(what: impl Into<String>, source: &dyn std::error::Error) -> Self {
         Self {
-            code: 900,
+            code: ErrorCode::Internal,
             what: what.into(),
             facts: Vec::new(),
             why: source.to_string(),
             next: "see the lines above; if they do not explain it, this is a bug".to_owned(),
-            exit: 1,
+            exit: ErrorCode::Internal.exit() as u8,
         }
     }
 }
@@ -79,7 +80,7 @@ impl Failure {
 impl From<mesh_controller::StartupError> for Failure {
     fn from(error: mesh_controller::StartupError) -> Self {
         Self {
-            code: error.code() as u16,
+            code: error.code(),
             what: error.to_string(),
             facts: Vec::new(),
             why: error.why(),
@@ -96,7 +97,7 @@ impl From<mesh_node::StartupError> for Failure {
             None => (error.why.clone(), String::new()),
         };
         Self {
-            code: error.code as u16,
+            code: error.code,
             what,
             facts: error.facts,
             why,
@@ -108,7 +109,7 @@ impl From<mesh_node::StartupError> for Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "error[E{:04}]: {}", self.code, self.what)?;
+        writeln!(f, "error[{}]: {}", self.code.label(), self.what)?;
         for fact in &self.facts {
             writeln!(f, "  {fact}")?;
         }

@@ -54,7 +54,7 @@ mod tests {
         ];
         for (line, expected) in table {
             let failure = read(line).unwrap_err();
-            assert_eq!((failure.code, failure.exit), (902, 2), "{line}");
+            assert_eq!((failure.code, failure.exit), (mesh_controller::ErrorCode::Usage, 2), "{line}");
             let text = failure.to_string();
             assert!(text.starts_with(&format!("error[E0902]: {expected}")), "{text}");
             assert!(text.contains("\n  do:  ") && !text.contains('\u{1b}'), "{text}");

@@ -6,7 +6,7 @@ use mesh_proto::v1::ErrorCode;
 use serde_json::json;
 
 use crate::{
-    error::{Exit, Failure, Result, code_name, usual_exit},
+    error::{Exit, Failure, Result},
     output::{Output, Tone, paint},
 };
 
@@ -47,10 +47,10 @@ impl Explain {
             out.document("ErrorCode", &document(code));
             return Ok(Exit::Done);
         }
-        out.line(&format!("{} {}", paint(Tone::Bold, &format!("{}:", code_name(code))), explained.title));
+        out.line(&format!("{} {}", paint(Tone::Bold, &format!("{}:", code.label())), explained.title));
         out.line(&format!("\n{}", explained.means));
         out.line(&format!("\ndo:   {}", explained.next));
-        out.line(&format!("exit: {}", usual_exit(code) as u8));
+        out.line(&format!("exit: {}", code.exit() as u8));
         Ok(Exit::Done)
     }
 }
@@ -60,14 +60,14 @@ fn list(out: &Output) {
         out.list_document("ErrorCodeList", &all().map(document).collect::<Vec<_>>());
         return;
     }
-    all().for_each(|code| out.line(&format!("{}  {}", code_name(code), texts::text(code).title)));
+    all().for_each(|code| out.line(&format!("{}  {}", code.label(), texts::text(code).title)));
 }
 
 fn document(code: ErrorCode) -> serde_json::Value {
     let explained = texts::text(code);
     json!({
-        "code": code_name(code), "name": code.as_str_name(), "title": explained.title, "means": explained.means,
-        "do": explained.next, "exit": usual_exit(code) as u8,
+        "code": code.label(), "name": code.as_str_name(), "title": explained.title, "means": explained.means,
+        "do": explained.next, "exit": code.exit() as u8,
     })
 }
 

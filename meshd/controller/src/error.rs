@@ -142,13 +142,7 @@ impl StartupError {
 
     /// The process's exit code.
     pub fn exit(&self) -> u8 {
-        match self {
-            Self::Config { .. } | Self::PassphraseMissing => 2,
-            Self::PassphraseWrong => 4,
-            Self::StateNotFound { .. } => 6,
-            Self::StateExists { .. } | Self::StateInUse { .. } | Self::PortInUse { .. } => 7,
-            _ => 1,
-        }
+        self.code().exit() as u8
     }
 
     /// Why, below the first line: the chain of causes, or a sentence of our own.

@@ -26,6 +26,7 @@ mod own_certificate;
 mod publish;
 
 mod auth;
+mod connections;
 mod denials;
 mod gate;
 mod listener;
@@ -43,6 +44,7 @@ mod revoke;
 mod token;
 mod wireguard;
 
+mod entries;
 mod presence;
 mod sightings;
 mod sync;
@@ -56,6 +58,7 @@ pub use config::{InitConfig, InitSummary, Passphrase, RunConfig, Unlock};
 pub use controller::{Controller, Environment};
 pub use error::StartupError;
 pub use init::init;
+pub use mesh_proto::v1::ErrorCode;
 
 /// Runs the controller of `config` on the system's clock until `shutdown`.
 ///

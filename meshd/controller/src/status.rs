@@ -1,6 +1,7 @@
 //! The only door from errors to gRPC: what a caller is told, and what stays in our log.
 
 use mesh_core::Refusal;
+use mesh_proto::Exit;
 use mesh_proto::v1::{ErrorCode, ErrorDetail};
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -127,30 +128,26 @@ impl Problem {
         )
     }
 
-    fn exit(&self) -> i32 {
-        exit_of(self.code)
-    }
-
     fn grpc_code(&self) -> Code {
-        match (self.code, self.exit()) {
+        match (self.code, self.code.exit()) {
             (ErrorCode::Internal, _) => Code::Internal,
             (ErrorCode::DiskFull | ErrorCode::Overloaded | ErrorCode::AddressesExhausted, _) => {
                 Code::ResourceExhausted
             }
             (ErrorCode::TokenInvalid, _) => Code::Unauthenticated,
             (ErrorCode::TokenUsed, _) => Code::FailedPrecondition,
-            (_, 2) => Code::InvalidArgument,
-            (_, 4) => Code::PermissionDenied,
-            (_, 5) => Code::Unavailable,
-            (_, 6) => Code::NotFound,
-            (_, 7) => Code::FailedPrecondition,
+            (_, Exit::Usage) => Code::InvalidArgument,
+            (_, Exit::Denied) => Code::PermissionDenied,
+            (_, Exit::Unreachable) => Code::Unavailable,
+            (_, Exit::NotFound) => Code::NotFound,
+            (_, Exit::Conflict) => Code::FailedPrecondition,
             _ => Code::Aborted,
         }
     }
 
     /// The three facts, cut to what fits into the headers of an answer.
     pub(crate) fn detail(mut self) -> ErrorDetail {
-        let (exit, count) = (self.exit(), self.facts.len());
+        let (exit, count) = (self.code.exit().number(), self.facts.len());
         let mut room = FACTS_BYTES_MAX;
         self.facts.retain(|fact| {
             room = room.saturating_sub(fact.len());
@@ -308,51 +305,6 @@ pub(crate) fn cut(mut text: String, max: usize) -> String {
         text.push('…');
     }
     text
-}
-
-/// `meshctl`'s exit code for an error. `meshctl` has the same numbers for what it finds by itself.
-fn exit_of(code: ErrorCode) -> i32 {
-    use ErrorCode as C;
-    match code {
-        C::Usage
-        | C::NameInvalid
-        | C::NameWildcard
-        | C::CsrInvalid
-        | C::CsrSignature
-        | C::KeyWeak
-        | C::CsrNotALeaf
-        | C::CsrForeignName
-        | C::TooLarge
-        | C::TagInvalid
-        | C::PolicyInvalid => 2,
-        C::Denied
-        | C::IdentityExpired
-        | C::IdentityRevoked
-        | C::IdentityUnknown
-        | C::NotEnrolled
-        | C::TokenInvalid
-        | C::TokenExpired
-        | C::TokenUsed
-        | C::TokenRevoked
-        | C::TokenNameMismatch
-        | C::EnrollmentRefused
-        | C::ResumeWindowPassed
-        | C::NameNotGranted
-        | C::NameOutsideDomain
-        | C::NameReserved
-        | C::KeyRevoked
-        | C::NodeRevoked => 4,
-        C::ControllerUnreachable | C::TimedOut | C::Overloaded => 5,
-        C::TokenNotFound | C::CertificateNotFound | C::NodeNotFound | C::OperatorNotFound => 6,
-        C::NameTaken
-        | C::KeyInUse
-        | C::NodeIdentity
-        | C::NameStopped
-        | C::NodePending
-        | C::OperatorExists
-        | C::LastAdmin => 7,
-        _ => 1,
-    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use mesh_proto::Exit;
 use mesh_proto::v1::{ErrorCode, ErrorDetail};
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -24,7 +25,7 @@ pub struct Failure {
 
 impl Failure {
     pub fn new(code: ErrorCode, why: impl Into<String>, next: impl Into<String>) -> Self {
-        Self { code, why: why.into(), next: next.into(), exit: exit_of(code), facts: Vec::new() }
+        Self { code, why: why.into(), next: next.into(), exit: code.exit().number(), facts: Vec::new() }
     }
 
     pub(crate) fn fact(mut self, line: impl Into<String>) -> Self {
@@ -74,7 +75,7 @@ impl Failure {
 
     /// The code as people see it.
     pub fn number(&self) -> String {
-        format!("E{:04}", self.code as i32)
+        self.code.label()
     }
 }
 
@@ -100,12 +101,12 @@ impl From<Failure> for ErrorDetail {
 
 impl From<Failure> for Status {
     fn from(failure: Failure) -> Self {
-        let code = match failure.exit {
-            2 => Code::InvalidArgument,
-            4 => Code::PermissionDenied,
-            5 => Code::Unavailable,
-            6 => Code::NotFound,
-            7 => Code::FailedPrecondition,
+        let code = match Exit::failure(failure.exit) {
+            Some(Exit::Usage) => Code::InvalidArgument,
+            Some(Exit::Denied) => Code::PermissionDenied,
+            Some(Exit::Unreachable) => Code::Unavailable,
+            Some(Exit::NotFound) => Code::NotFound,
+            Some(Exit::Conflict) => Code::FailedPrecondition,
             _ if failure.code == ErrorCode::Internal => Code::Internal,
             _ => Code::Aborted,
         };
@@ -118,38 +119,6 @@ impl From<Failure> for Status {
 pub(crate) fn detail_of(status: &Status) -> Option<ErrorDetail> {
     let detail = ErrorDetail::decode(status.details()).ok()?;
     (detail.code != 0).then_some(detail)
-}
-
-/// The exit code of an error made on this node.
-fn exit_of(code: ErrorCode) -> i32 {
-    use ErrorCode as C;
-    match code {
-        C::ConfigInvalid | C::Usage | C::NameInvalid | C::NameWildcard | C::TooLarge => 2,
-        C::Denied
-        | C::IdentityExpired
-        | C::IdentityRevoked
-        | C::IdentityUnknown
-        | C::NotEnrolled
-        | C::TokenInvalid
-        | C::TokenExpired
-        | C::TokenUsed
-        | C::TokenRevoked
-        | C::TokenNameMismatch
-        | C::EnrollmentRefused
-        | C::RootMismatch
-        | C::ResumeWindowPassed
-        | C::ControllerNotTrusted
-        | C::NodeRevoked => 4,
-        C::ControllerUnreachable | C::DaemonUnreachable | C::TimedOut | C::PeerUnreachable => 5,
-        C::StateNotFound | C::CertificateNotFound | C::NodeNotFound => 6,
-        C::AlreadyEnrolled
-        | C::DirectoryNotOurs
-        | C::StateInUse
-        | C::PortInUse
-        | C::NodeIdentity
-        | C::NameStopped => 7,
-        _ => 1,
-    }
 }
 
 #[cfg(test)]
@@ -166,22 +135,6 @@ mod tests {
         let status = Status::from(failure.clone());
         assert_eq!(status.code(), Code::PermissionDenied);
         assert_eq!(Failure::from_status(&status), failure);
-    }
-
-    /// As the controller's `status.rs` has them: what a person's script sees must not depend on who refused.
-    #[test]
-    fn exits_are_those_of_the_controller() {
-        let table = [
-            (ErrorCode::NameWildcard, 2),
-            (ErrorCode::TooLarge, 2),
-            (ErrorCode::NodeRevoked, 4),
-            (ErrorCode::PortInUse, 7),
-            (ErrorCode::NodeNotFound, 6),
-            (ErrorCode::TimedOut, 5),
-        ];
-        for (code, exit) in table {
-            assert_eq!(Failure::new(code, "why", "next").exit, exit, "{code:?}");
-        }
     }
 
     #[test]

@@ -152,6 +152,6 @@ async fn a_socket_path_that_is_somebodys_file_is_left_alone() {
     let file = mesh.state_dir().with_file_name("precious");
     fs::write(&file, "data").unwrap();
     let config = RunConfig { socket: file.clone(), ..mesh.run_config() };
-    check(build(config).await.unwrap_err(), ErrorCode::PortInUse, 1);
+    check(build(config).await.unwrap_err(), ErrorCode::PortInUse, 7);
     assert_eq!(fs::read_to_string(&file).unwrap(), "data");
 }
