@@ -2,10 +2,18 @@
 
 use std::time::Duration;
 
-/// Connections open at one time, all callers together.
+/// Connections with a certificate of this mesh, or local ones, open at one time. Strangers take none of
+/// these: what is not known yet, and what showed no certificate, has the two limits below.
 pub(crate) const CONNECTIONS_MAX: usize = 12_000;
-/// Connections open at one time from one address. A fleet behind one NAT stays below it.
-pub(crate) const CONNECTIONS_PER_ADDRESS_MAX: usize = 2_000;
+/// The same from one source: an IPv4 address, an IPv6 /64. A fleet behind one NAT stays below it.
+pub(crate) const CONNECTIONS_PER_SOURCE_MAX: usize = 2_000;
+/// Connections in the TLS handshake, of whom nothing is known yet, and those of one source. What is
+/// refused comes again with back-off.
+pub(crate) const HANDSHAKES_MAX: usize = 4_000;
+pub(crate) const HANDSHAKES_PER_SOURCE_MAX: usize = 500;
+/// Connections without a certificate: enrolling or logging in; and those of one source.
+pub(crate) const ANONYMOUS_CONNECTIONS_MAX: usize = 1_000;
+pub(crate) const ANONYMOUS_CONNECTIONS_PER_SOURCE_MAX: usize = 100;
 /// Time from accept to the end of the TLS handshake.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Age at which a connection is asked to go away; its streams may finish.

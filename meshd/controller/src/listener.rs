@@ -1,11 +1,10 @@
 //! Accepts connections: caps, time limits, TLS, and the end of connections whose identity has ended.
 
-use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::server::conn::http2;
@@ -17,16 +16,15 @@ use mesh_runtime::ShutdownToken;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
+use crate::connections::{Class, Connections, Slot};
 use crate::error::StartupError;
 use crate::gate::{Connection, Gate, GateParts, Peer, identify};
 use crate::limits::{
-    ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, CONNECTIONS_MAX,
-    CONNECTIONS_PER_ADDRESS_MAX, HANDSHAKE_TIMEOUT, HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL,
-    KEEPALIVE_TIMEOUT, STREAMS_PER_CONNECTION_MAX,
+    ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, HANDSHAKE_TIMEOUT,
+    HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::tls::peer_leaf;
 
@@ -121,20 +119,19 @@ impl Server {
 
     fn take_tcp(&self, stream: TcpStream, address: SocketAddr) {
         let ip = address.ip().to_canonical();
-        let Some(slot) = self.connections.take_slot(Some(ip)) else {
-            tracing::warn!(%address, "too many connections: closed");
+        let Some(slot) = self.connections.take_slot(Class::Handshake, Some(ip)) else {
+            tracing::warn!(%address, "too many connections in the handshake: closed");
             return;
         };
         let server = self.clone();
         self.tracker.spawn(async move {
-            let _slot = slot;
-            if let Err(error) = server.handle_tcp(stream, ip).await {
+            if let Err(error) = server.handle_tcp(stream, ip, slot).await {
                 tracing::debug!(%address, %error, "connection ended in the handshake");
             }
         });
     }
 
-    async fn handle_tcp(&self, stream: TcpStream, address: IpAddr) -> io::Result<()> {
+    async fn handle_tcp(&self, stream: TcpStream, address: IpAddr, slot: Slot) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream));
         let stream = tokio::select! {
@@ -148,6 +145,11 @@ impl Server {
                     peer_leaf(chain, &self.anchors, self.parts.clock.utc_now()).map_err(io::Error::other)?;
                 Some(Serial(*leaf.serial.as_bytes()))
             }
+        };
+        let class = if certificate.is_some() { Class::Known } else { Class::Anonymous };
+        let Some(_slot) = slot.move_to(class) else {
+            tracing::warn!(%address, ?class, "too many connections: closed");
+            return Ok(());
         };
         self.serve(stream, Peer::Remote { address, certificate }).await;
         Ok(())
@@ -166,7 +168,7 @@ impl Server {
                 return;
             }
         }
-        let Some(slot) = self.connections.take_slot(None) else { return };
+        let Some(slot) = self.connections.take_slot(Class::Known, None) else { return };
         let server = self.clone();
         self.tracker.spawn(async move {
             let _slot = slot;
@@ -256,123 +258,9 @@ pub(crate) async fn bind_unix(path: &Path) -> Result<UnixListener, StartupError>
     Ok(listener)
 }
 
-/// Open connections: counted per source, and by the certificate they showed.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Connections(Arc<Mutex<Table>>);
-
-#[derive(Debug, Default)]
-struct Table {
-    open: usize,
-    by_source: HashMap<IpAddr, usize>,
-    by_certificate: BTreeMap<Serial, BTreeMap<u64, CancellationToken>>,
-    next: u64,
-}
-
-impl Connections {
-    fn take_slot(&self, source: Option<IpAddr>) -> Option<Slot> {
-        let mut table = self.lock();
-        if table.open >= CONNECTIONS_MAX {
-            return None;
-        }
-        if let Some(source) = source {
-            let count = table.by_source.entry(source).or_default();
-            if *count >= CONNECTIONS_PER_ADDRESS_MAX {
-                return None;
-            }
-            *count += 1;
-        }
-        table.open += 1;
-        Some(Slot { connections: self.clone(), source })
-    }
-
-    fn register(&self, serial: Serial, closing: CancellationToken) -> Entry {
-        let mut table = self.lock();
-        table.next += 1;
-        let number = table.next;
-        table.by_certificate.entry(serial).or_default().insert(number, closing);
-        Entry { connections: self.clone(), serial, number }
-    }
-
-    fn certificates(&self) -> Vec<Serial> {
-        self.lock().by_certificate.keys().copied().collect()
-    }
-
-    /// How many connections showed one of these certificates.
-    pub(crate) fn count(&self, serials: &[Serial]) -> usize {
-        let table = self.lock();
-        serials.iter().filter_map(|serial| table.by_certificate.get(serial)).map(BTreeMap::len).sum()
-    }
-
-    /// Ends every connection that showed this certificate.
-    pub(crate) fn close(&self, serial: Serial) {
-        let closing: Vec<_> = {
-            let table = self.lock();
-            table.by_certificate.get(&serial).into_iter().flat_map(BTreeMap::values).cloned().collect()
-        };
-        closing.iter().for_each(CancellationToken::cancel);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One counted connection.
-struct Slot {
-    connections: Connections,
-    source: Option<IpAddr>,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        let mut table = self.connections.lock();
-        table.open -= 1;
-        if let Some(source) = self.source
-            && let Some(count) = table.by_source.get_mut(&source)
-        {
-            *count -= 1;
-            if *count == 0 {
-                table.by_source.remove(&source);
-            }
-        }
-    }
-}
-
-/// One connection in the table of certificates.
-struct Entry {
-    connections: Connections,
-    serial: Serial,
-    number: u64,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        let mut table = self.connections.lock();
-        if let Some(open) = table.by_certificate.get_mut(&self.serial) {
-            open.remove(&self.number);
-            if open.is_empty() {
-                table.by_certificate.remove(&self.serial);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn slots_are_counted_per_source_and_come_back() {
-        let connections = Connections::default();
-        let source: IpAddr = "192.0.2.1".parse().unwrap();
-        let slots: Vec<_> =
-            (0..CONNECTIONS_PER_ADDRESS_MAX).map(|_| connections.take_slot(Some(source)).unwrap()).collect();
-        assert!(connections.take_slot(Some(source)).is_none());
-        assert!(connections.take_slot(Some("192.0.2.2".parse().unwrap())).is_some());
-        drop(slots);
-        assert!(connections.take_slot(Some(source)).is_some());
-        assert!(connections.lock().by_source.is_empty());
-    }
 
     #[test]
     fn a_connection_without_a_certificate_is_short_lived() {
@@ -380,23 +268,5 @@ mod tests {
         assert_eq!(age_max(&remote(None)), Duration::from_secs(60));
         assert_eq!(age_max(&remote(Some(Serial([0x41; 16])))), CONNECTION_AGE_MAX);
         assert_eq!(age_max(&Peer::Local), CONNECTION_AGE_MAX);
-    }
-
-    #[test]
-    fn closing_a_certificate_reaches_all_of_its_connections_and_no_other() {
-        let connections = Connections::default();
-        let (ended, other) = (Serial([0x41; 16]), Serial([0x42; 16]));
-        let tokens: Vec<_> = (0..3).map(|_| CancellationToken::new()).collect();
-        let _entries = [
-            connections.register(ended, tokens[0].clone()),
-            connections.register(ended, tokens[1].clone()),
-            connections.register(other, tokens[2].clone()),
-        ];
-        assert_eq!(connections.count(&[ended, other]), 3);
-        connections.close(ended);
-        assert_eq!(
-            tokens.iter().map(CancellationToken::is_cancelled).collect::<Vec<_>>(),
-            [true, true, false]
-        );
     }
 }

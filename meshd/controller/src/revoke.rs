@@ -7,9 +7,9 @@ use mesh_core::{Actor, Change, Command, NodeId, OperationId, Reason, Request, Se
 use mesh_proto::v1 as pb;
 
 use crate::authority::CaRole;
+use crate::connections::Connections;
 use crate::directory::Directory;
 use crate::issuer::Issuing;
-use crate::listener::Connections;
 use crate::publish::Publisher;
 use crate::receipts::{Expected, Receipts};
 use crate::service::messages::certificate_message;

@@ -97,3 +97,41 @@ async fn a_chatty_node_waits_its_turn() {
     flood.abort();
     running.stop().await.unwrap();
 }
+
+/// Strangers have places of their own: when those are taken the next stranger is sent away, and a node from
+/// the same address is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_cannot_keep_a_node_out() {
+    const STRANGERS_PER_SOURCE: usize = 100;
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let alpha = running.enroll("alpha").await;
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(client_config(running.anchors(), None, &mesh.clock)));
+    let connect = async || {
+        let stream = TcpStream::connect(running.address).await.unwrap();
+        let name = ServerName::try_from("controller").unwrap();
+        let mut stream = tls.connect(name, stream).await.unwrap();
+        // The first frame of the server's HTTP/2 comes once the connection has its place.
+        let served = stream.read_exact(&mut [0; 9]).await.is_ok();
+        (stream, served)
+    };
+    let patience = Duration::from_secs(20);
+    let mut kept = Vec::new();
+    let fill = async {
+        while kept.len() <= STRANGERS_PER_SOURCE {
+            match connect().await {
+                (stream, true) => kept.push(stream),
+                (_, false) => return,
+            }
+        }
+        panic!("strangers are never refused");
+    };
+    within(patience, "the end of the places for strangers", fill).await;
+    assert!(kept.len() > STRANGERS_PER_SOURCE / 2, "{}", kept.len());
+    let (_, full) = SyncStream::of(&running, &alpha).await;
+    assert!(full.peers.is_empty());
+    drop(kept);
+    let again = async { while !connect().await.1 {} };
+    within(patience, "a place for a stranger", again).await;
+    running.stop().await.unwrap();
+}
