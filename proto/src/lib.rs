@@ -1,5 +1,11 @@
-//! The wire schema of meshd: generated from `mesh/v1/*.proto` and nothing else.
+//! The wire schema of meshd, generated from `mesh/v1/*.proto`; how a command ends at each of its errors, and
+//! how entries of the peer map are read.
 #![forbid(unsafe_code)]
+
+mod entries;
+mod exit;
+
+pub use exit::Exit;
 
 /// Messages, clients and servers of package `mesh.v1`.
 #[allow(missing_debug_implementations, clippy::all, unreachable_pub)]

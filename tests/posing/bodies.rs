@@ -263,7 +263,7 @@ fn reports_about_itself_alone(fleet: &Fleet, bravo: &Bravo) {
             }
         }
     });
-    assert!(roster.peers.iter().any(|peer| peer.node_id == bravo.id), "charlie sees bravo");
+    assert!(roster.read_peers().any(|peer| peer.unwrap().node_id == bravo.id), "charlie sees bravo");
     let shown = fleet.controller(&["node", "show", "bravo", "-o", "json"]).ok();
     assert!(!shown.stdout.contains(claimed), "{shown}");
 }

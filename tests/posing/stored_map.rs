@@ -94,8 +94,17 @@ fn list(status: &serde_json::Value, key: &str) -> Vec<serde_json::Value> {
     found.and_then(|value| value.as_array()).cloned().unwrap_or_default()
 }
 
-fn record(full: &mut pb::Full, id: u32) -> &mut pb::Peer {
-    full.peers.iter_mut().find(|peer| peer.node_id == id).expect("the map has that peer")
+fn peers(full: &pb::Full) -> Vec<pb::Peer> {
+    full.read_peers().map(|peer| peer.expect("an entry of the map")).collect()
+}
+
+fn leaf_of(full: &pb::Full, id: u32) -> bytes::Bytes {
+    peers(full).into_iter().find(|peer| peer.node_id == id).expect("the map has that peer").leaf
+}
+
+fn set_leaf(full: &mut pb::Full, id: u32, leaf: bytes::Bytes) {
+    let at = peers(full).iter().position(|peer| peer.node_id == id).expect("the map has that peer");
+    full.peers[at] = pb::Peer { leaf, ..peers(full).swap_remove(at) }.to_entry();
 }
 
 fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> bytes::Bytes {
@@ -112,8 +121,6 @@ fn is_believed_only_as_far_as_the_chains_go() {
         let mut sleeping = Sleeping::new();
         let ids: Vec<u32> = NODES.iter().map(|node| sleeping.id(node)).collect();
         let others = ["charlie", "delta"];
-        let leaf_of =
-            |full: &pb::Full, id: u32| full.peers.iter().find(|p| p.node_id == id).unwrap().leaf.clone();
 
         // The control: untouched, all come up and nothing is complained about.
         let untouched = sleeping.map.clone();
@@ -122,23 +129,24 @@ fn is_believed_only_as_far_as_the_chains_go() {
         // Another peer's leaf in bravo's place, delta's own record gone: delta is not moved to bravo's number.
         let mut full = sleeping.full();
         let delta = leaf_of(&full, ids[3]);
-        record(&mut full, ids[1]).leaf = delta;
-        full.peers.retain(|peer| peer.node_id != ids[3]);
+        set_leaf(&mut full, ids[1], delta);
+        full.peers =
+            peers(&full).iter().filter(|peer| peer.node_id != ids[3]).map(pb::Peer::to_entry).collect();
         sleeping.wakes_with("a swapped leaf", &full.encode_to_vec(), &["charlie"], &["bravo", "delta"]);
 
         // Twice the same leaf: the true record stands, the other does not.
         let mut full = sleeping.full();
         let delta = leaf_of(&full, ids[3]);
-        record(&mut full, ids[1]).leaf = delta;
+        set_leaf(&mut full, ids[1], delta);
         sleeping.wakes_with("a doubled leaf", &full.encode_to_vec(), &others, &["bravo"]);
 
         // A peer invented, with alpha's own leaf and with a stranger's.
         let mut full = sleeping.full();
         let own = decoded(&identity_file(&sleeping.fleet, "alpha")["leaf"]);
-        record(&mut full, ids[1]).leaf = own.into();
+        set_leaf(&mut full, ids[1], own.into());
         sleeping.wakes_with("alpha's own leaf", &full.encode_to_vec(), &others, &["bravo"]);
         let mut full = sleeping.full();
-        record(&mut full, ids[1]).leaf = self_signed(&sleeping.fleet).into();
+        set_leaf(&mut full, ids[1], self_signed(&sleeping.fleet).into());
         sleeping.wakes_with("a self-signed leaf", &full.encode_to_vec(), &others, &["bravo"]);
 
         // Address, WireGuard key, or any byte changed within bravo's leaf.
@@ -149,18 +157,18 @@ fn is_believed_only_as_far_as_the_chains_go() {
         };
         let mut full = sleeping.full();
         let leaf = leaf_of(&full, ids[1]);
-        record(&mut full, ids[1]).leaf = replaced(&leaf, &bravo.octets(), &delta.octets());
+        set_leaf(&mut full, ids[1], replaced(&leaf, &bravo.octets(), &delta.octets()));
         sleeping.wakes_with("a changed address", &full.encode_to_vec(), &others, &["bravo"]);
         let key = wireguard_public(&sleeping.fleet, "bravo");
         let mut full = sleeping.full();
-        record(&mut full, ids[1]).leaf = replaced(&leaf, &key, &crate::join::wireguard_key());
+        set_leaf(&mut full, ids[1], replaced(&leaf, &key, &crate::join::wireguard_key()));
         sleeping.wakes_with("a changed WireGuard key", &full.encode_to_vec(), &others, &["bravo"]);
         for part in [0.1, 0.5, 0.98] {
             let mut full = sleeping.full();
             let mut leaf = leaf.to_vec();
             let at = (leaf.len() as f64 * part) as usize;
             leaf[at] ^= 0x04;
-            record(&mut full, ids[1]).leaf = leaf.into();
+            set_leaf(&mut full, ids[1], leaf.into());
             sleeping.wakes_with(&format!("byte {at} flipped"), &full.encode_to_vec(), &others, &["bravo"]);
         }
 
@@ -211,7 +219,7 @@ fn an_old_one_revives_nobody() {
         let mut forged = pb::Full::decode(&*new_map).unwrap();
         let bravo = sleeping.id("bravo");
         let old = pb::Full::decode(&*old_map).unwrap();
-        forged.peers.push(old.peers.into_iter().find(|peer| peer.node_id == bravo).unwrap());
+        forged.peers.push(peers(&old).iter().find(|peer| peer.node_id == bravo).unwrap().to_entry());
         sleeping.wakes_with("a record put back", &forged.encode_to_vec(), &["charlie", "delta"], &["bravo"]);
     });
 }

@@ -156,7 +156,7 @@ impl Controller {
             denials: denials.clone(),
         });
         // The server's table of connections is part of the services, and the services of the server.
-        let connections = crate::listener::Connections::default();
+        let connections = crate::connections::Connections::default();
         let presence = Arc::new(Presence::new());
         let sightings =
             directory.read(|world| Sightings::open(&state, world, Arc::clone(&presence), Arc::clone(&clock)));
@@ -171,6 +171,7 @@ impl Controller {
             directory: Arc::clone(&directory),
             authority: Arc::clone(&authority),
             publisher: Arc::clone(&publisher),
+            entries: Arc::default(),
             journal_id: mesh.journal_id,
             incarnation: settings.incarnation,
         };

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use mesh_core::policy::Subject;
 use mesh_core::world::NodeState;
-use mesh_core::{NodeId, Own, PeerView, World};
+use mesh_core::{NodeId, Own, World};
 use mesh_proto::v1 as pb;
 use mesh_store::Head;
 
 use crate::authority::Authority;
 use crate::directory::Directory;
-use crate::failpoint::Failpoint;
+use crate::entries::Entries;
+use crate::failpoint;
 use crate::publish::Publisher;
 
 /// How a node stands to be told about the roster.
@@ -33,6 +34,7 @@ pub(crate) struct Views {
     pub(crate) directory: Arc<Directory>,
     pub(crate) authority: Arc<Authority>,
     pub(crate) publisher: Arc<Publisher>,
+    pub(crate) entries: Arc<Entries>,
     pub(crate) journal_id: [u8; 16],
     pub(crate) incarnation: u32,
 }
@@ -94,11 +96,12 @@ impl Views {
 
     fn full(&self, world: &World, head: Head, node: NodeId, crls: Vec<pb::CrlHave>) -> Option<pb::Full> {
         let view = world.view_for(node)?;
+        self.entries.forget_all_ended(world);
         Some(pb::Full {
             cursor: Some(self.cursor(head)),
             own: Some(own(&view.own)),
             issuers: vec![self.authority.issuing_der().to_vec().into()],
-            peers: view.peers.iter().filter_map(|(id, view)| peer(world, *id, view)).collect(),
+            peers: view.peers.iter().filter_map(|(id, view)| self.entries.of(world, *id, view)).collect(),
             crls,
         })
     }
@@ -111,7 +114,8 @@ impl Views {
         delta: mesh_core::Delta,
         crls: Vec<pb::CrlHave>,
     ) -> pb::Delta {
-        let removes = match Failpoint::PeerRemovalDisabled.is_set() {
+        self.entries.forget_ended(world, delta.removes.iter());
+        let removes = match failpoint::PEER_REMOVAL_DISABLED.is_set() {
             true => Vec::new(),
             false => delta.removes.iter().map(|id| id.0).collect(),
         };
@@ -120,21 +124,15 @@ impl Views {
             cursor: Some(self.cursor(head)),
             own: None,
             issuers: Vec::new(),
-            upserts: delta.upserts.iter().filter_map(|(id, view)| peer(world, *id, view)).collect(),
+            upserts: delta
+                .upserts
+                .iter()
+                .filter_map(|(id, view)| self.entries.of(world, *id, view))
+                .collect(),
             removes,
             crls: if delta.crls { crls } else { Vec::new() },
         }
     }
-}
-
-fn peer(world: &World, id: NodeId, view: &PeerView) -> Option<pb::Peer> {
-    Some(pb::Peer {
-        node_id: id.0,
-        leaf: world.leaf(id)?.to_vec().into(),
-        inbound: view.inbound,
-        outbound: view.outbound,
-        tags: view.tags.iter().map(ToString::to_string).collect(),
-    })
 }
 
 fn own(own: &Own) -> pb::Own {

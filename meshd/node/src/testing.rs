@@ -166,6 +166,7 @@ pub(crate) fn cursor(seq: u64) -> pb::Cursor {
 }
 
 pub(crate) fn full(seq: u64, peers: Vec<pb::Peer>) -> pb::Full {
+    let peers = peers.iter().map(pb::Peer::to_entry).collect();
     pb::Full { cursor: Some(cursor(seq)), own: Some(pb::Own::default()), peers, ..Default::default() }
 }
 

@@ -367,6 +367,11 @@ pub(crate) fn wireguard_key() -> [u8; 32] {
         .to_bytes()
 }
 
+/// An entry of a map, read.
+pub(crate) fn peer(entry: &bytes::Bytes) -> pb::Peer {
+    pb::Peer::decode(entry.clone()).unwrap()
+}
+
 /// What a refusal says about itself.
 pub(crate) fn code(status: &tonic::Status) -> pb::ErrorCode {
     let detail = pb::ErrorDetail::decode(status.details()).unwrap();

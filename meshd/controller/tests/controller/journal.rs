@@ -7,7 +7,7 @@ use pb::ErrorCode;
 use pb::audit_client::AuditClient;
 use pb::tokens_client::TokensClient;
 
-use crate::harness::{Candidate, Mesh, Running, SyncStream, code, operation, within};
+use crate::harness::{Candidate, Mesh, Running, SyncStream, code, operation, peer, within};
 
 async fn head_seq(running: &Running) -> u64 {
     let mut fleet = pb::fleet_client::FleetClient::new(running.local().await);
@@ -148,7 +148,7 @@ async fn a_full_disk_refuses_changes_and_nothing_else() {
     let bravo = candidate.enroll(running.stranger().await, &token).await.unwrap();
     let delta = stream.delta().await;
     assert_eq!(delta.from, full.cursor);
-    assert_eq!(delta.upserts[0].leaf, bravo.leaf);
+    assert_eq!(peer(&delta.upserts[0]).leaf, bravo.leaf);
     running.stop().await.unwrap();
 }
 

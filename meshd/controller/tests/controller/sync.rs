@@ -4,14 +4,14 @@ use mesh_proto::v1 as pb;
 use pb::ErrorCode;
 use pb::nodes_client::NodesClient;
 
-use crate::harness::{Mesh, Running, SyncStream, within};
+use crate::harness::{Mesh, Running, SyncStream, peer, within};
 
 fn cursor_seq(cursor: &Option<pb::Cursor>) -> u64 {
     cursor.as_ref().expect("a map has a cursor").seq
 }
 
-fn ids(peers: &[pb::Peer]) -> Vec<u32> {
-    peers.iter().map(|peer| peer.node_id).collect()
+fn ids(entries: &[bytes::Bytes]) -> Vec<u32> {
+    entries.iter().map(|entry| peer(entry).node_id).collect()
 }
 
 async fn has_finding(running: &Running, subject: &str, text: &str) -> bool {
@@ -44,8 +44,8 @@ async fn a_new_node_reaches_its_peers_as_a_delta_and_a_removed_one_leaves_by_one
     let delta = stream.delta().await;
     assert_eq!(delta.from, full.cursor);
     assert_eq!(ids(&delta.upserts), [bravo.id()]);
-    assert_eq!(delta.upserts[0].leaf, bravo.enrolled.leaf);
-    assert!(delta.upserts[0].inbound && delta.upserts[0].outbound);
+    assert_eq!(peer(&delta.upserts[0]).leaf, bravo.enrolled.leaf);
+    assert!(peer(&delta.upserts[0]).inbound && peer(&delta.upserts[0]).outbound);
     assert!(cursor_seq(&delta.cursor) > cursor_seq(&full.cursor));
 
     let mut nodes = NodesClient::new(running.local().await);
@@ -126,7 +126,7 @@ async fn a_change_of_policy_or_of_ones_own_tags_is_a_full_map() {
     assert!(policy.apply(document).await.unwrap().into_inner().changed);
     let full = stream.full().await;
     assert_eq!(full.own.unwrap().policy_version, 2);
-    assert!(full.peers[0].inbound && !full.peers[0].outbound);
+    assert!(peer(&full.peers[0]).inbound && !peer(&full.peers[0]).outbound);
 
     let deny_all = pb::PolicyDocument { toml: "# nothing\n".into(), ..Default::default() };
     policy.apply(deny_all).await.unwrap();

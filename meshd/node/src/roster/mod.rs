@@ -113,6 +113,11 @@ impl Roster {
         &self.own
     }
 
+    /// Whether the map has an entry for this node.
+    pub(crate) fn has(&self, id: u32) -> bool {
+        self.records.contains_key(&id)
+    }
+
     pub(crate) fn seq(&self) -> u64 {
         self.cursor.as_ref().map_or(0, |cursor| cursor.seq)
     }
@@ -142,7 +147,7 @@ impl Roster {
         }
         let own = full.own.clone().unwrap_or_default();
         let records: BTreeMap<u32, pb::Peer> =
-            full.peers.into_iter().map(|peer| (peer.node_id, peer)).collect();
+            readable(full.read_peers()).map(|peer| (peer.node_id, peer)).collect();
         self.check_shrink(&own, &records, trust)?;
         self.held = None;
         self.floor = Floor::of(&cursor);
@@ -159,7 +164,7 @@ impl Roster {
     /// # Errors
     /// [`RosterError::OtherBase`] if they start elsewhere: the whole map is needed.
     pub(crate) fn apply_delta(&mut self, delta: pb::Delta) -> Result<(), RosterError> {
-        let cursor = delta.cursor.ok_or(RosterError::NoCursor)?;
+        let cursor = delta.cursor.clone().ok_or(RosterError::NoCursor)?;
         if self.cursor.is_none() || delta.from != self.cursor {
             return Err(RosterError::OtherBase);
         }
@@ -173,7 +178,7 @@ impl Roster {
         for id in &delta.removes {
             self.records.remove(id);
         }
-        for peer in delta.upserts {
+        for peer in readable(delta.read_upserts()) {
             self.records.insert(peer.node_id, peer);
         }
         for issuer in delta.issuers {
@@ -196,7 +201,7 @@ impl Roster {
             cursor: self.cursor.clone(),
             own: Some(self.own.clone()),
             issuers: self.issuers.clone(),
-            peers: self.records.values().cloned().collect(),
+            peers: self.records.values().map(pb::Peer::to_entry).collect(),
             crls,
         }
     }
@@ -263,6 +268,15 @@ impl Roster {
         let used: BTreeSet<[u8; 32]> = self.records.values().map(|record| hash(&record.leaf)).collect();
         self.verified.retain(|leaf, _| used.contains(leaf));
     }
+}
+
+/// The entries that can be read; one that cannot is left out, and said.
+fn readable(
+    entries: impl Iterator<Item = Result<pb::Peer, prost::DecodeError>>,
+) -> impl Iterator<Item = pb::Peer> {
+    entries.filter_map(|entry| {
+        entry.inspect_err(|error| tracing::warn!(%error, "an entry of the map cannot be read: left out")).ok()
+    })
 }
 
 /// What only one peer may have.

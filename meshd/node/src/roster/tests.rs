@@ -155,6 +155,22 @@ fn an_old_map_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn an_entry_that_cannot_be_read_is_left_out_alone() {
+    let mesh = mesh();
+    let (own, bravo, charlie) = (mesh.node(1, "alpha"), mesh.node(2, "bravo"), mesh.node(3, "charlie"));
+    let trust = mesh.trust(&own, 1, &[]);
+    let mut roster = Roster::default();
+    let mut map = full(1, vec![record(&bravo)]);
+    map.peers.insert(0, vec![0xff; 7].into());
+    roster.apply_full(map, &trust).unwrap();
+    let upserts = vec![vec![0x0a, 0x7f].into(), record(&charlie).to_entry()];
+    let delta = pb::Delta { from: Some(cursor(1)), cursor: Some(cursor(2)), upserts, ..Default::default() };
+    roster.apply_delta(delta).unwrap();
+    let peers = roster.evaluate(&trust, &place(&own), mesh.now).peers;
+    assert_eq!(peers.keys().collect::<Vec<_>>(), [&2, &3]);
+}
+
+#[test]
 fn changes_from_another_map_ask_for_the_whole_one() {
     let mesh = mesh();
     let own = mesh.node(1, "alpha");
@@ -232,7 +248,7 @@ proptest! {
             seq += 1;
             if present {
                 model.insert(record.node_id, record.clone());
-                delta.upserts.push(record.clone());
+                delta.upserts.push(record.to_entry());
             } else {
                 model.remove(&record.node_id);
                 delta.removes.push(record.node_id);
@@ -263,7 +279,7 @@ proptest! {
             true => pb::sync_response::Response::Delta(pb::Delta {
                 from: Some(cursor(1)),
                 cursor: Some(cursor(2)),
-                upserts: records.to_vec(),
+                upserts: records.iter().map(pb::Peer::to_entry).collect(),
                 ..Default::default()
             }),
         };

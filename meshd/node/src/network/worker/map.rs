@@ -1,12 +1,11 @@
 //! What the controller tells: map and CRLs, in effect first, then on disk, then acknowledged.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_proto::v1 as pb;
 
 use super::Worker;
-use crate::failpoint::Failpoint;
+use crate::failpoint;
 use crate::findings::Severity;
 use crate::network::{Belief, Receipt, Update};
 use crate::roster::RosterError;
@@ -15,11 +14,10 @@ impl Worker {
     pub(super) async fn apply(&mut self, update: Update) -> Result<(), RosterError> {
         let applied = match update {
             Update::Full(full) => {
-                let ids: BTreeSet<u32> = full.peers.iter().map(|peer| peer.node_id).collect();
                 // A whole map names everybody: whoever is not in it is gone, and so are its endpoints.
                 let applied = self.roster.apply_full(full, &self.trust);
                 if applied.is_ok() {
-                    self.told.retain(|id, _| ids.contains(id));
+                    self.told.retain(|id, _| self.roster.has(*id));
                 }
                 applied
             }
@@ -58,7 +56,7 @@ impl Worker {
     pub(super) async fn take_crls(&mut self, crls: &[pb::Crl]) {
         let mut changed = false;
         for message in crls {
-            if Failpoint::CrlApplyDisabled.is_set() && self.trust.revocation().is_some() {
+            if failpoint::CRL_APPLY_DISABLED.is_set() && self.trust.revocation().is_some() {
                 continue;
             }
             match self.trust.take_crl(message) {
