@@ -12,6 +12,9 @@ pub(crate) const AUTHORITY_INFO_ACCESS: &str = "1.3.6.1.5.5.7.1.1";
 /// noRevAvail, RFC 9608 §2.
 pub(crate) const NO_REV_AVAIL: &str = "2.5.29.56";
 
+/// id-pkix-ocsp-nocheck, RFC 6960 §4.2.2.2.1.
+pub(crate) const OCSP_NO_CHECK: &str = "1.3.6.1.5.5.7.48.1.5";
+
 const ID_AD_OCSP: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.48.1");
 const ID_AD_CA_ISSUERS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.48.2");
 
@@ -32,6 +35,12 @@ pub(crate) fn add_pointers(params: &mut rcgen::CertificateParams, pointers: &Poi
 /// Marks a certificate as one whose revocation is never told (RFC 9608 §2): NULL, non-critical.
 pub(crate) fn add_no_rev_avail(params: &mut rcgen::CertificateParams) {
     params.custom_extensions.push(rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 56], vec![5, 0]));
+}
+
+/// Marks an OCSP responder's certificate as one that is not itself checked (RFC 6960 §4.2.2.2.1): NULL, non-critical.
+pub(crate) fn add_ocsp_no_check(params: &mut rcgen::CertificateParams) {
+    let oid = [1, 3, 6, 1, 5, 5, 7, 48, 1, 5];
+    params.custom_extensions.push(rcgen::CustomExtension::from_oid_content(&oid, vec![5, 0]));
 }
 
 /// `SEQUENCE OF SEQUENCE { accessMethod OBJECT IDENTIFIER, accessLocation [6] IA5String }`.

@@ -173,6 +173,19 @@ impl PublicKey {
         rcgen::KeyIdMethod::PreSpecified(Sha256::digest(self.spki.der_bytes())[..20].to_vec())
     }
 
+    /// Whether `signature` over `message` is this key's, by its one algorithm.
+    pub(crate) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+        use aws_lc_rs::signature as scheme;
+        let algorithm: &dyn scheme::VerificationAlgorithm = match self.algorithm {
+            KeyAlgorithm::EcdsaP256 => &scheme::ECDSA_P256_SHA256_ASN1,
+            KeyAlgorithm::EcdsaP384 => &scheme::ECDSA_P384_SHA384_ASN1,
+            KeyAlgorithm::Ed25519 => &scheme::ED25519,
+            KeyAlgorithm::Rsa { .. } => &scheme::RSA_PKCS1_2048_8192_SHA256,
+        };
+        let bits = self.spki.der_bytes();
+        scheme::UnparsedPublicKey::new(algorithm, bits).verify(message, signature).is_ok()
+    }
+
     pub(crate) fn as_rcgen(&self) -> &rcgen::SubjectPublicKeyInfo {
         &self.spki
     }

@@ -32,6 +32,7 @@ mod issue;
 mod lint;
 
 mod crl;
+mod ocsp;
 mod reason;
 
 mod chain;
@@ -59,7 +60,13 @@ pub use issue::{IssueError, IssuedCertificate, Issuer, SubjectKey, issue_leaf};
 pub use key::{KeyAlgorithm, KeyError, PublicKey, UnknownKeyAlgorithm};
 pub use keystore::{KeyId, KeyStore, KeyStoreError, MemoryKeyStore};
 pub use leaf::{ClassifyError, KeyIdentifier, VerifiedLeaf, classify};
-pub use lint::{CERT_BYTES_MAX, Finding, lint_ca, lint_crl, lint_leaf};
+pub use lint::{CERT_BYTES_MAX, Finding, lint_ca, lint_crl, lint_leaf, lint_ocsp_responder};
+pub use ocsp::{
+    CertIdHash, NONCE_BYTES_MAX, OCSP_REQUEST_BYTES_MAX, OCSP_RESPONDER_LIFETIME, OCSP_RESPONSE_BYTES_MAX,
+    OCSP_RESPONSE_LIFETIME, OcspAnswer, OcspError, OcspFailure, OcspIssuer, OcspQuery, OcspRequestError,
+    OcspResponder, OcspResponseError, OcspStatus, VerifiedOcspResponse, lint_ocsp_response,
+    parse_ocsp_response,
+};
 pub use pointers::{CRL_SHARDS_MAX, HttpUrl, Pointers, PublishingPoints, URL_BYTES_MAX, UrlError};
 pub use private::LeafKey;
 pub use profile::{ExtraUsage, LEAF_LIFETIME_MAX, Profile, UnknownProfile, UnknownUsage};

@@ -14,11 +14,12 @@ use x509_parser::revocation_list::CertificateRevocationList;
 use x509_parser::time::ASN1Time;
 use x509_parser::x509::{AlgorithmIdentifier, X509Version};
 
-use crate::extension::{AUTHORITY_INFO_ACCESS, NO_REV_AVAIL};
+use crate::extension::{AUTHORITY_INFO_ACCESS, NO_REV_AVAIL, OCSP_NO_CHECK};
 use crate::identity::{DnsName, TrustDomain};
 use crate::instant::CLOCK_SKEW_ALLOWANCE;
 use crate::key::PublicKey;
 use crate::leaf::{Extensions, KeyIdentifier, parse_certificate, read_extensions, read_leaf};
+use crate::ocsp::OCSP_RESPONDER_LIFETIME;
 use crate::pointers::HttpUrl;
 use crate::profile::LEAF_LIFETIME_MAX;
 use crate::serial::SerialNumber;
@@ -102,6 +103,18 @@ pub enum Finding {
     NoRevAvail,
     #[error("CRL's issuing distribution point is malformed or limits its scope more than once (§5.2.5)")]
     DistributionPoint,
+    #[error("OCSP response is about more or less than one certificate")]
+    OcspSingle,
+    #[error("OCSP response's times are missing, out of order, or past its signer's (RFC 6960 §4.2.2.1)")]
+    OcspTimes,
+    #[error("OCSP response is not by a delegate that the issuer itself certified (RFC 6960 §4.2.2.2)")]
+    OcspDelegate,
+    #[error("OCSP response's signature or CertID does not hold")]
+    OcspSignature,
+    #[error("OCSP response knows a serial that this authority does not issue (RFC 6960 §2.2)")]
+    OcspForeignSerial,
+    #[error("OCSP responder's certificate has no ocsp-nocheck (RFC 6960 §4.2.2.2.1)")]
+    NoCheck,
     #[error("CRL is not version 2 with nextUpdate and number (§5.1.2)")]
     CrlFields,
     #[error("CRL has an empty list of revoked certificates (§5.1.2.6)")]
@@ -186,6 +199,36 @@ pub(crate) fn lint_ca_as(kind: CaKind, der: &[u8], issuer_der: &[u8]) -> Vec<Fin
     require(extensions.is_ca && extensions.path_len == path_len, Finding::BasicConstraints);
     // keyCertSign and cRLSign alone.
     require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 1, 0x06]), Finding::KeyUsage);
+    findings
+}
+
+/// Extensions a responder's certificate has.
+const RESPONDER_EXTENSIONS: [&str; 6] =
+    ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.35", "2.5.29.37", OCSP_NO_CHECK];
+
+/// Checks the certificate of an OCSP responder that `issuer_der` signed.
+pub fn lint_ocsp_responder(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
+    let Some((certificate, _, extensions, mut findings)) =
+        lint_common(der, issuer_der, &RESPONDER_EXTENSIONS)
+    else {
+        return vec![Finding::Unreadable];
+    };
+    let mut require = |kept: bool, finding| {
+        if !kept {
+            findings.push(finding)
+        }
+    };
+    let span = certificate.validity().not_after.timestamp() - certificate.validity().not_before.timestamp();
+    let longest = (OCSP_RESPONDER_LIFETIME + CLOCK_SKEW_ALLOWANCE).as_secs();
+    require(u64::try_from(span).is_ok_and(|span| span <= longest), Finding::Validity);
+    require(raw(&certificate, "2.5.29.19").is_some_and(|e| e.value == [0x30, 0]), Finding::BasicConstraints);
+    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
+    // SEQUENCE { id-kp-OCSPSigning } and nothing else.
+    let signing = [0x30, 10, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 9];
+    let only_signing = raw(&certificate, "2.5.29.37").is_some_and(|e| e.value == signing);
+    require(extensions.ocsp_signing && only_signing, Finding::ExtendedKeyUsage);
+    require(raw(&certificate, OCSP_NO_CHECK).is_some_and(|e| e.value == [5, 0]), Finding::NoCheck);
+    require(certificate.subject().iter().next().is_some(), Finding::EmptySubject);
     findings
 }
 

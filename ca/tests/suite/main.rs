@@ -10,4 +10,5 @@ mod hostile;
 mod issuing;
 mod keys;
 mod lints;
+mod ocsp;
 mod tls;
