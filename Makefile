@@ -46,4 +46,5 @@ audit:
 	@ADVISORY_DB="$(ADVISORY_DB)" tests/audit
 
 bench: deps-test
+	@deploy/install-packages iperf3:iperf3 cfssl:golang-cfssl
 	tests/bench/run

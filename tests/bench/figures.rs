@@ -34,6 +34,11 @@ pub(crate) const ALL: &[Figure] = &[
         title: "resident memory after 60 s idle, 20 nodes (to reach: node 25 MiB, controller 40 MiB)",
         measure: memory,
     },
+    Figure {
+        name: "issuance",
+        title: "durable issuance over gRPC with mutual TLS, beside cfssl (controller on one core)",
+        measure: crate::issuance::issuance,
+    },
 ];
 
 const DEMO_ROUNDS: usize = 3;

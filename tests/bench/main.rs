@@ -3,7 +3,9 @@
 //! Two shared cores: an absolute time is noise. Each figure stands beside a baseline of the same run.
 #![forbid(unsafe_code)]
 
+mod cfssl;
 mod figures;
+mod issuance;
 
 use std::process::ExitCode;
 
