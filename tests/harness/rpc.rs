@@ -92,6 +92,7 @@ pub async fn channel(address: SocketAddr, config: ClientConfig) -> Result<Channe
             let connector = connector.clone();
             async move {
                 let stream = TcpStream::connect(address).await?;
+                stream.set_nodelay(true)?;
                 let name = ServerName::try_from("controller").expect("a host name");
                 connector.connect(name, stream).await.map(TokioIo::new)
             }
