@@ -22,6 +22,9 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// New peers are tried within this time, spread so that a big map does not start all handshakes at once.
 pub const FIRST_PROBE_SPREAD: Duration = Duration::from_millis(333);
 
+/// Handshakes after the host has moved are spread over this much for each peer: what one costs, twice.
+pub const MOVED_SPREAD_PER_PEER: Duration = Duration::from_micros(400);
+
 /// What the caller must do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -110,6 +113,16 @@ impl PeerTable {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.heard_at = None;
             peer.wake_at = peer.wake_at.min(now);
+        }
+    }
+
+    /// This host has moved as far as `peers` are concerned: each is tried where it is, so that it learns where
+    /// we are. Spread by their number.
+    pub fn handle_moved(&mut self, peers: &BTreeSet<NodeId>, now: Instant) {
+        let spread = MOVED_SPREAD_PER_PEER.saturating_mul(u32::try_from(peers.len()).unwrap_or(u32::MAX));
+        for (_, peer) in self.peers.iter_mut().filter(|(id, _)| peers.contains(id)) {
+            peer.tries = 0;
+            peer.wake_at = peer.wake_at.min(now + self.rng.random_range(Duration::ZERO..=spread));
         }
     }
 
@@ -238,6 +251,31 @@ mod tests {
         table.handle_candidates(PEER, &[(host(3), Source::Interface)], now);
         assert_eq!(table.poll_timeout(), Some(now + SILENCE_MAX));
         assert_eq!(table.endpoint(PEER), Some(host(2)));
+    }
+
+    #[test]
+    fn after_a_move_every_peer_is_tried_where_it_is() {
+        let now = Instant::now();
+        let ids: BTreeSet<NodeId> = (1..=1000).map(NodeId).collect();
+        let mut table = table(ids.iter().copied(), now);
+        for id in &ids {
+            table.handle_authenticated(*id, host(1), now);
+        }
+        drain(&mut table);
+        table.handle_moved(&(1..=500).map(NodeId).collect(), now);
+        let mut first = BTreeMap::new();
+        let mut at = now;
+        while first.len() < 500 {
+            at = table.poll_timeout().unwrap();
+            table.handle_timeout(at);
+            for action in drain(&mut table) {
+                assert_eq!(action, Action::Handshake { peer: action.peer() }, "nobody is given up");
+                assert!(first.insert(action.peer(), at).is_none());
+            }
+        }
+        assert!(first.keys().all(|id| id.0 <= 500), "who is reached as before is left alone");
+        let spread = at.duration_since(now);
+        assert!(spread <= MOVED_SPREAD_PER_PEER * 500 && spread > MOVED_SPREAD_PER_PEER * 250, "{spread:?}");
     }
 
     #[derive(Clone, Debug)]

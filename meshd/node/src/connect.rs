@@ -1,5 +1,6 @@
 //! Connections to the controller: TLS 1.3, the controller's chain judged by the pinned root, no resumption.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -100,6 +101,8 @@ impl From<ConnectError> for Failure {
 pub(crate) struct Connected {
     pub(crate) channel: Channel,
     pub(crate) rtt: Duration,
+    /// The other end.
+    pub(crate) at: SocketAddr,
 }
 
 /// How a node that is enrolled speaks to its controller.
@@ -163,14 +166,14 @@ fn finish(mut config: ClientConfig) -> ClientConfig {
 /// Connects to `address` (`HOST:PORT`). One TLS connection serves one channel; when it ends, the channel ends.
 pub(crate) async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Connected, ConnectError> {
     let attempt = async {
-        let (tcp, rtt) = dial(address).await?;
+        let (tcp, rtt, at) = dial(address).await?;
         let name = server_name(address)?;
         let stream = TlsConnector::from(tls)
             .connect(name, tcp)
             .await
             .map_err(|source| ConnectError::Tls { address: address.to_owned(), source })?;
         let channel = channel_over(address, stream).await?;
-        Ok(Connected { channel, rtt })
+        Ok(Connected { channel, rtt, at })
     };
     match tokio::time::timeout(CONNECT_TIMEOUT, attempt).await {
         Ok(result) => result,
@@ -178,7 +181,7 @@ pub(crate) async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Con
     }
 }
 
-async fn dial(address: &str) -> Result<(TcpStream, Duration), ConnectError> {
+async fn dial(address: &str) -> Result<(TcpStream, Duration, SocketAddr), ConnectError> {
     let failed = |source| ConnectError::Tcp { address: address.to_owned(), source };
     let candidates: Vec<_> = tokio::net::lookup_host(address).await.map_err(failed)?.collect();
     let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
@@ -187,7 +190,7 @@ async fn dial(address: &str) -> Result<(TcpStream, Duration), ConnectError> {
         match TcpStream::connect(candidate).await {
             Ok(tcp) => {
                 tcp.set_nodelay(true).map_err(failed)?;
-                return Ok((tcp, began.elapsed()));
+                return Ok((tcp, began.elapsed(), candidate));
             }
             Err(error) => last = error,
         }

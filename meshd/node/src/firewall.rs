@@ -11,6 +11,8 @@ use ipnet::{Ipv4Net, Ipv6Net};
 
 /// Our table. No other is ever read or written.
 pub(crate) const TABLE: &str = "inet meshd";
+/// Its name within its family.
+pub(crate) const TABLE_NAME: &str = "meshd";
 
 /// What the table says.
 #[derive(Debug, Clone, PartialEq, Eq)]

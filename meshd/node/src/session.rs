@@ -7,7 +7,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::certs::{self, Manager, PairsHandle};
 use crate::failure::Failure;
-use crate::hostop::Host;
+use crate::firewall::TABLE_NAME;
+use crate::hostop::{Changes, Host};
 use crate::identity::Identities;
 use crate::network::{NetworkHandle, Setup, Worker};
 use crate::run::Node;
@@ -35,9 +36,10 @@ impl Running {
     /// The overlay cannot be brought up.
     pub(crate) async fn start(node: &Arc<Node>, identities: Arc<Identities>) -> Result<Self, Failure> {
         let config = &node.config;
-        let host = Host::open()?;
+        let (host, changes) = (Host::open()?, Changes::listen(TABLE_NAME));
         let setup = Setup {
             host: host.clone(),
+            changes: changes.clone(),
             state: node.state.clone(),
             clock: node.clock.clone(),
             findings: node.findings.clone(),
@@ -56,6 +58,7 @@ impl Running {
             identities.clone(),
             network.clone(),
             pairs.clone(),
+            (host.clone(), changes.network),
         );
         let manager = Manager {
             state: node.state.clone(),

@@ -1,5 +1,6 @@
 //! The way to the controller: one connection, one Sync stream on it, and calls of other tasks beside it.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use crate::clock::ControllerClock;
 use crate::connect::{Connected, connect, node_config};
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
+use crate::hostop::{Host, Way};
 use crate::identity::{Active, Identities};
 use crate::limits::{CALL_TIMEOUT, COMMAND_QUEUE, MESSAGE_BYTES_MAX, RECONNECT_FIRST, RECONNECT_LONGEST};
 use crate::network::{NetworkHandle, Receipt, Update};
@@ -93,6 +95,11 @@ pub(crate) struct Uplink {
     pairs: PairsHandle,
     channel: watch::Sender<Option<Channel>>,
     status: Arc<Mutex<UplinkStatus>>,
+    host: Host,
+    /// Rises whenever the host's links, addresses or routes change.
+    changes: watch::Receiver<u64>,
+    /// Where the controller was last spoken to.
+    at: Option<IpAddr>,
     /// The next `Hello` asks for the whole map.
     ask_everything: bool,
 }
@@ -103,6 +110,8 @@ enum End {
     NewIdentity,
     /// The map that is needed is another one: connect again at once, asking for everything.
     Resync(RosterError),
+    /// This host has moved, and the connection has stayed behind: connect again at once.
+    Moved,
     /// Connection or controller failed: wait, then try again.
     Failed(Failure),
 }
@@ -133,6 +142,7 @@ impl Uplink {
         identities: Arc<Identities>,
         network: NetworkHandle,
         pairs: PairsHandle,
+        (host, changes): (Host, watch::Receiver<u64>),
     ) -> (UplinkHandle, Self) {
         let (channel, open) = watch::channel(None);
         let status = Arc::new(Mutex::new(UplinkStatus::default()));
@@ -146,6 +156,9 @@ impl Uplink {
             pairs,
             channel,
             status,
+            host,
+            changes,
+            at: None,
             ask_everything: false,
         };
         (handle, uplink)
@@ -167,16 +180,29 @@ impl Uplink {
             }
             match end {
                 End::NewIdentity => self.note(|status| status.connected = false),
+                End::Moved => {
+                    tracing::info!("this host has moved, connecting anew");
+                    self.note(|status| status.connected = false);
+                }
                 End::Resync(error) => {
                     tracing::warn!(%error, "asking for the whole map");
                     self.ask_everything = true;
-                    tokio::time::sleep(backoff.next_wait()).await;
+                    self.wait(backoff.next_wait()).await;
                 }
                 End::Failed(failure) => {
                     self.failed(&active, &failure);
-                    tokio::time::sleep(backoff.next_wait()).await;
+                    self.wait(backoff.next_wait()).await;
                 }
             }
+        }
+    }
+
+    /// Waits, unless the host's network changes: what could not be reached may be reachable now.
+    async fn wait(&mut self, pause: Duration) {
+        self.changes.mark_unchanged();
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            Ok(()) = self.changes.changed() => {}
         }
     }
 
@@ -186,7 +212,14 @@ impl Uplink {
         active: &Arc<Active>,
         served: &mut bool,
     ) -> Result<std::convert::Infallible, End> {
-        let connected = self.connect(active).await?;
+        let mut moved = Moves::new(self.host.clone(), self.changes.clone());
+        moved.follow(self.at).await;
+        let connected = tokio::select! {
+            connected = self.connect(active) => connected?,
+            () = moved.wait() => return Err(End::Moved),
+        };
+        self.at = Some(connected.at.ip());
+        moved.follow(self.at).await;
         if active.has_expired(self.clock.now()) {
             self.identities.resume(&connected.channel).await?;
             return Err(End::NewIdentity);
@@ -229,6 +262,7 @@ impl Uplink {
                     self.learn_time(message.controller_time);
                     self.take(message, &channel, &outgoing).await?;
                 }
+                () = moved.wait() => return Err(End::Moved),
                 () = &mut first_message, if !*served => return Err(silent().into()),
                 changed = identity.changed() => {
                     // The sender lives in `self.identities`.
@@ -407,6 +441,42 @@ impl Uplink {
 
     fn note(&self, change: impl FnOnce(&mut UplinkStatus)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// Whether the host has moved away from a connection: the kernel reaches its other end another way than when
+/// it was made. Having no way at all is no move, since the old one may come back.
+struct Moves {
+    host: Host,
+    changes: watch::Receiver<u64>,
+    /// The other end, and the way to it.
+    followed: Option<(IpAddr, Option<Way>)>,
+}
+
+impl Moves {
+    fn new(host: Host, changes: watch::Receiver<u64>) -> Self {
+        Self { host, changes, followed: None }
+    }
+
+    async fn follow(&mut self, at: Option<IpAddr>) {
+        self.changes.mark_unchanged();
+        self.followed = match at {
+            Some(at) => Some((at, self.host.way_to(at).await)),
+            None => None,
+        };
+    }
+
+    /// Returns once the host has moved. Can be dropped and called again.
+    async fn wait(&mut self) {
+        loop {
+            let (Ok(()), Some((at, before))) = (self.changes.changed().await, &self.followed) else {
+                return std::future::pending().await;
+            };
+            let now = self.host.way_to(*at).await;
+            if now.is_some() && now != *before {
+                return;
+            }
+        }
     }
 }
 

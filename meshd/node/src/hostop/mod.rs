@@ -5,6 +5,7 @@ mod hook;
 mod network;
 mod nft;
 mod pair;
+mod watch;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ pub(crate) use hook::HookError;
 pub(crate) use network::{InterfaceAddress, Way};
 pub(crate) use nft::TableMark;
 pub(crate) use pair::{Access, FolderError, PairFiles};
+pub(crate) use watch::Changes;
 
 /// One change of the host. No text from the network is in it: prefixes, names that were checked, rule text
 /// that this program wrote, files of certificates that were verified, and commands of root's.

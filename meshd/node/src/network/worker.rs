@@ -1,6 +1,7 @@
 //! The network task: takes commands and tunnel events one after the other.
 
 mod map;
+mod moves;
 mod paths;
 mod reconcile;
 mod report;
@@ -19,6 +20,7 @@ use mesh_proto::v1::ErrorCode;
 use mesh_tunnel::{Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
+use moves::Ways;
 use reconcile::apply_firewall;
 
 use super::lease::Leases;
@@ -29,7 +31,7 @@ use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::Findings;
 use crate::firewall::Firewall;
-use crate::hostop::{Host, HostOp, TableMark};
+use crate::hostop::{Changes, Host, HostOp, TableMark};
 use crate::identity::Active;
 use crate::join::wireguard_key;
 use crate::pki::Trust;
@@ -46,6 +48,7 @@ const EVENT_QUEUE: usize = 256;
 /// What the task is started with.
 pub(crate) struct Setup {
     pub(crate) host: Host,
+    pub(crate) changes: Changes,
     pub(crate) state: StateDir,
     pub(crate) clock: ControllerClock,
     pub(crate) findings: Findings,
@@ -67,6 +70,9 @@ pub(crate) struct Worker {
     place: Place,
     overlay: Overlay,
     host: Host,
+    changes: Changes,
+    /// How the kernel reaches the peers.
+    ways: Ways,
     tunnel: Arc<dyn Tunnel>,
     /// Which endpoint each peer is tried at, and when.
     table: PeerTable,
@@ -102,8 +108,18 @@ impl Worker {
     /// # Errors
     /// [`Failure`] if the overlay cannot be brought up at all. Without a firewall it stands, but has no peers.
     pub(crate) async fn start(setup: Setup) -> Result<(NetworkHandle, Self), Failure> {
-        let Setup { host, state, clock, findings, interface, mtu, wg_port, endpoints: configured, active } =
-            setup;
+        let Setup {
+            host,
+            changes,
+            state,
+            clock,
+            findings,
+            interface,
+            mtu,
+            wg_port,
+            endpoints: configured,
+            active,
+        } = setup;
         let identity = &active.identity;
         let mut trust = Trust::of(identity).map_err(|error| {
             Failure::new(
@@ -145,6 +161,8 @@ impl Worker {
             place,
             overlay,
             host,
+            changes,
+            ways: Ways::default(),
             tunnel,
             table: PeerTable::new(overlay, mesh_runtime::random_bytes()),
             leases: Leases::default(),
@@ -205,6 +223,14 @@ impl Worker {
                     if self.next_lease.is_some_and(|at| self.clock.since_boot() >= at) {
                         self.reconcile().await;
                     }
+                    if self.ways.poll_timeout().is_some_and(|at| self.clock.own().now() >= at) {
+                        self.network_changed().await;
+                    }
+                }
+                Ok(()) = self.changes.network.changed() => self.network_changed().await,
+                Ok(()) = self.changes.firewall.changed() => {
+                    self.look_at_firewall().await;
+                    self.reconcile().await;
                 }
                 _ = tick.tick() => self.tick().await,
             }
@@ -262,13 +288,19 @@ impl Worker {
         let now = self.clock.own().now();
         let lease = self.next_lease.map(|at| now + at.saturating_sub(self.clock.since_boot()));
         let path = self.table.poll_timeout();
-        [lease, path].into_iter().flatten().min().unwrap_or(now + TICK).min(now + TICK)
+        [lease, path, self.ways.poll_timeout()]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(now + TICK)
+            .min(now + TICK)
     }
 
     async fn tick(&mut self) {
         self.look_at_firewall().await;
         self.restore_overlay().await;
         self.refresh_endpoints().await;
+        self.look_at_ways().await;
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
         self.save_again();

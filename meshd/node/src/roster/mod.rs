@@ -45,8 +45,6 @@ pub(crate) enum RosterError {
     OtherBase,
     #[error("map has {0} peers, {PEERS_PER_MAP_MAX} is the limit")]
     TooManyPeers(usize),
-    #[error("map lacks {missing} of {known} peers though nothing was revoked; asking again")]
-    Shrunk { missing: usize, known: usize },
 }
 
 /// Why one record is left out; the others stand.
@@ -93,8 +91,8 @@ pub(crate) struct Roster {
     issuers: Vec<bytes::Bytes>,
     records: BTreeMap<u32, pb::Peer>,
     floor: Floor,
-    /// The node ids of a shrunken map that was held; the same map again is taken.
-    held: Option<BTreeSet<u32>>,
+    /// Records that a whole map lacked unasked, and that stay; see [`apply_full`](Self::apply_full).
+    held: BTreeSet<u32>,
     /// By SHA-256 of the leaf. Emptied when issuers or CRLs change.
     verified: HashMap<[u8; 32], NodeLeaf>,
 }
@@ -131,12 +129,16 @@ impl Roster {
         self.verified.clear();
     }
 
-    /// Replaces everything.
+    /// Replaces everything, but for peers that are held.
+    ///
+    /// A map that lacks more than half the peers though nothing says why is more likely a controller that lost
+    /// its memory than a fleet that did. Everything in it takes effect; the peers that it lacks are **held**: they
+    /// stay as they are. Held peers go as soon as something says why: their certificate is on a CRL, its lease
+    /// ends (72 h, and nobody renews what the controller does not know), changes name them as removed, or a
+    /// map comes with another policy or other tags of ours. So no revocation waits for the controller's map.
     ///
     /// # Errors
     /// [`RosterError::Rollback`] for a map older than one seen in the same incarnation.
-    /// [`RosterError::Shrunk`] once for a map that lost more than half the peers without a revocation or a
-    /// change of policy; the same map again is taken.
     pub(crate) fn apply_full(&mut self, full: pb::Full, trust: &Trust) -> Result<(), RosterError> {
         let cursor = full.cursor.clone().ok_or(RosterError::NoCursor)?;
         if self.floor.is_above(&cursor) {
@@ -146,10 +148,12 @@ impl Roster {
             return Err(RosterError::TooManyPeers(full.peers.len()));
         }
         let own = full.own.clone().unwrap_or_default();
-        let records: BTreeMap<u32, pb::Peer> =
+        let mut records: BTreeMap<u32, pb::Peer> =
             readable(full.read_peers()).map(|peer| (peer.node_id, peer)).collect();
-        self.check_shrink(&own, &records, trust)?;
-        self.held = None;
+        self.held = self.missing_unasked(&own, &records, trust);
+        for id in &self.held {
+            records.extend(self.records.remove_entry(id));
+        }
         self.floor = Floor::of(&cursor);
         self.cursor = Some(cursor);
         self.own = own;
@@ -157,6 +161,11 @@ impl Roster {
         self.records = records;
         self.forget_unused();
         Ok(())
+    }
+
+    /// The peers that stay though the last whole map lacked them.
+    pub(crate) fn held(&self) -> &BTreeSet<u32> {
+        &self.held
     }
 
     /// Applies changes since the cursor that is here. Absent `own` and empty lists mean unchanged.
@@ -177,8 +186,10 @@ impl Roster {
         }
         for id in &delta.removes {
             self.records.remove(id);
+            self.held.remove(id);
         }
         for peer in readable(delta.read_upserts()) {
+            self.held.remove(&peer.node_id);
             self.records.insert(peer.node_id, peer);
         }
         for issuer in delta.issuers {
@@ -187,6 +198,10 @@ impl Roster {
             }
         }
         if let Some(own) = delta.own {
+            if self.asks_for_less(&own) {
+                let held = std::mem::take(&mut self.held);
+                self.records.retain(|id, _| !held.contains(id));
+            }
             self.own = own;
         }
         self.floor = Floor::of(&cursor);
@@ -210,17 +225,29 @@ impl Roster {
     pub(crate) fn evaluate(&mut self, trust: &Trust, place: &Place, now: UtcDateTime) -> Evaluation {
         let mut result = Evaluation::default();
         let mut claims: HashMap<Claim, u32> = HashMap::new();
-        for (&id, record) in &self.records {
+        let mut let_go = Vec::new();
+        // What the map says goes before what is held against it.
+        let (held, told): (Vec<_>, Vec<_>) = self.records.iter().partition(|(id, _)| self.held.contains(*id));
+        for (&id, record) in told.into_iter().chain(held) {
             let checked = verified_leaf(&mut self.verified, record, trust, now)
                 .and_then(|leaf| check_place(id, &leaf, place).map(|()| leaf));
             let leaf = match checked {
                 Ok(leaf) => leaf,
+                // Revoked or past its end: now there is a reason why the map lacks it.
+                Err(_) if self.held.contains(&id) => {
+                    let_go.push(id);
+                    continue;
+                }
                 Err(error) => {
                     result.refused.insert(id, error);
                     continue;
                 }
             };
             let taken = claims_of(&leaf).find_map(|claim| claims.get(&claim).copied());
+            if taken.is_some() && self.held.contains(&id) {
+                let_go.push(id);
+                continue;
+            }
             if let Some(other) = taken {
                 let name = result.peers.get(&other).map_or_else(String::new, |peer| peer.leaf.name.clone());
                 result.refused.insert(id, RecordError::Duplicate(name));
@@ -233,35 +260,41 @@ impl Roster {
                 Peer { leaf, inbound: record.inbound, outbound: record.outbound, tags: record.tags.clone() };
             result.peers.insert(id, peer);
         }
+        for id in let_go {
+            self.held.remove(&id);
+            self.records.remove(&id);
+        }
         result
     }
 
-    fn check_shrink(
-        &mut self,
+    /// Whether `own` differs in what decides whom we see.
+    fn asks_for_less(&self, own: &pb::Own) -> bool {
+        own.policy_version != self.own.policy_version || own.tags != self.own.tags
+    }
+
+    /// The peers that `records` lack for no reason we know, if they are too many to be believed gone. What was
+    /// held before stays so, however few they are.
+    fn missing_unasked(
+        &self,
         own: &pb::Own,
         records: &BTreeMap<u32, pb::Peer>,
         trust: &Trust,
-    ) -> Result<(), RosterError> {
-        let asked_for = own.policy_version != self.own.policy_version || own.tags != self.own.tags;
-        if self.records.len() < SHRINK_MATTERS_FROM || asked_for {
-            return Ok(());
+    ) -> BTreeSet<u32> {
+        if self.asks_for_less(own) {
+            return BTreeSet::new();
         }
-        let missing = self
-            .records
-            .iter()
-            .filter(|(id, record)| {
-                let leaf = self.verified.get(&hash(&record.leaf));
-                // Never verified means it was no peer; a revoked one is missing for good reason.
-                !records.contains_key(id) && leaf.is_some_and(|leaf| !trust.is_revoked(&leaf.serial))
-            })
-            .count();
+        let missing = self.records.iter().filter(|(id, record)| {
+            let leaf = self.verified.get(&hash(&record.leaf));
+            // Never verified means it was no peer; a revoked one is missing for good reason.
+            !records.contains_key(id) && leaf.is_some_and(|leaf| !trust.is_revoked(&leaf.serial))
+        });
+        let missing: BTreeSet<u32> = missing.map(|(id, _)| *id).collect();
         let known = self.records.len();
-        let ids: BTreeSet<u32> = records.keys().copied().collect();
-        if missing * 2 <= known || self.held.as_ref() == Some(&ids) {
-            return Ok(());
+        let suddenly = missing.difference(&self.held).count();
+        if known >= SHRINK_MATTERS_FROM && suddenly * 2 > known - self.held.len() {
+            return missing;
         }
-        self.held = Some(ids);
-        Err(RosterError::Shrunk { missing, known })
+        missing.intersection(&self.held).copied().collect()
     }
 
     fn forget_unused(&mut self) {

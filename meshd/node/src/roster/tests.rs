@@ -189,37 +189,97 @@ fn changes_from_another_map_ask_for_the_whole_one() {
 }
 
 #[test]
-fn a_map_that_shrinks_unasked_is_held_once() {
-    let mesh = mesh();
-    let own = mesh.node(1, "alpha");
-    let nodes: Vec<Identity> = (2..8).map(|id| mesh.node(id, &format!("node-{id}"))).collect();
-    let records: Vec<pb::Peer> = nodes.iter().map(record).collect();
-    let trust = mesh.trust(&own, 1, &[]);
+fn peers_that_a_map_lacks_unasked_stay_until_something_says_why() {
+    let (mesh, own, records) = six();
+    let (trust, place) = (mesh.trust(own, 1, &[]), place(own));
+    let begin = || {
+        let mut roster = Roster::default();
+        roster.apply_full(full(1, records.clone()), &trust).unwrap();
+        roster.evaluate(&trust, &place, mesh.now);
+        roster
+    };
+    let peers = |roster: &mut Roster, trust: &Trust| -> Vec<u32> {
+        roster.evaluate(trust, &place, mesh.now).peers.into_keys().collect()
+    };
+    let all: Vec<u32> = records.iter().map(|record| record.node_id).collect();
+
+    // A blank map, again and again: everybody stays, and the cursor moves on.
+    let mut roster = begin();
+    for seq in 2..8 {
+        roster.apply_full(full(seq, Vec::new()), &trust).unwrap();
+        assert_eq!((peers(&mut roster, &trust), roster.seq()), (all.clone(), seq));
+        assert_eq!(roster.held().len(), 6);
+    }
+    // Also after a restart: what is stored has them.
+    let stored = roster.to_full(Vec::new());
+    let mut restarted = Roster::default();
+    restarted.apply_full(stored, &trust).unwrap();
+    restarted.evaluate(&trust, &place, mesh.now);
+    restarted.apply_full(full(9, Vec::new()), &trust).unwrap();
+    assert_eq!(peers(&mut restarted, &trust), all);
+
+    // Who comes back is held no more, and may go alone like anybody else.
+    roster.apply_full(full(9, records[..5].to_vec()), &trust).unwrap();
+    assert_eq!(roster.held().iter().collect::<Vec<_>>(), [&all[5]]);
+    roster.apply_full(full(10, records[..4].to_vec()), &trust).unwrap();
+    assert_eq!(peers(&mut roster, &trust), [&all[..4], &all[5..]].concat());
+
+    // Changes that name a peer are believed, whatever they say of it.
+    let mut roster = begin();
+    roster.apply_full(full(2, Vec::new()), &trust).unwrap();
+    let delta = pb::Delta {
+        from: Some(cursor(2)),
+        cursor: Some(cursor(3)),
+        removes: vec![all[0]],
+        upserts: vec![records[1].clone()],
+        ..Default::default()
+    };
+    roster.apply_delta(delta).unwrap();
+    assert_eq!(peers(&mut roster, &trust), all[1..]);
+    assert!(!roster.held().contains(&all[1]));
+
+    // A change of policy, or of our own tags, asks for it: as a whole map and as changes.
+    for own in [
+        pb::Own { policy_version: 2, ..Default::default() },
+        pb::Own { tags: vec!["db".into()], ..Default::default() },
+    ] {
+        let mut roster = begin();
+        let asked = pb::Full { own: Some(own.clone()), ..full(2, Vec::new()) };
+        roster.apply_full(asked, &trust).unwrap();
+        assert_eq!(peers(&mut roster, &trust), Vec::<u32>::new());
+
+        let mut roster = begin();
+        roster.apply_full(full(2, Vec::new()), &trust).unwrap();
+        let asked = pb::Delta {
+            from: Some(cursor(2)),
+            cursor: Some(cursor(3)),
+            own: Some(own),
+            ..Default::default()
+        };
+        roster.apply_delta(asked).unwrap();
+        assert_eq!(peers(&mut roster, &trust), Vec::<u32>::new());
+        assert!(roster.held().is_empty());
+    }
+
+    // Half may go.
+    let mut roster = begin();
+    roster.apply_full(full(2, records[..3].to_vec()), &trust).unwrap();
+    assert_eq!(peers(&mut roster, &trust), all[..3]);
+    assert!(roster.held().is_empty());
+}
+
+#[test]
+fn a_held_peer_goes_with_its_lease() {
+    let (mesh, own, records) = six();
+    let (trust, place) = (mesh.trust(own, 1, &[]), place(own));
     let mut roster = Roster::default();
     roster.apply_full(full(1, records.clone()), &trust).unwrap();
-    roster.evaluate(&trust, &place(&own), mesh.now);
-
-    let blank = full(2, Vec::new());
-    assert_eq!(roster.apply_full(blank.clone(), &trust), Err(RosterError::Shrunk { missing: 6, known: 6 }));
-    assert_eq!(roster.to_full(Vec::new()).peers.len(), 6, "held: nothing has changed");
-    roster.apply_full(blank, &trust).unwrap();
-    assert!(roster.to_full(Vec::new()).peers.is_empty(), "the same answer twice counts");
-
-    // Asked for: a change of policy, or revocations that the CRL vouches for.
-    let mut roster = Roster::default();
-    roster.apply_full(full(1, records.clone()), &trust).unwrap();
-    roster.evaluate(&trust, &place(&own), mesh.now);
-    let mut policy = full(2, Vec::new());
-    policy.own = Some(pb::Own { policy_version: 2, ..Default::default() });
-    roster.apply_full(policy, &trust).unwrap();
-
-    let serials: Vec<Vec<u8>> = nodes.iter().map(serial).collect();
-    let revoked: Vec<&[u8]> = serials.iter().map(Vec::as_slice).collect();
-    let later = mesh.trust(&own, 2, &revoked);
-    let mut roster = Roster::default();
-    roster.apply_full(full(1, records), &trust).unwrap();
-    roster.evaluate(&trust, &place(&own), mesh.now);
-    roster.apply_full(full(2, Vec::new()), &later).unwrap();
+    roster.evaluate(&trust, &place, mesh.now);
+    roster.apply_full(full(2, Vec::new()), &trust).unwrap();
+    assert_eq!(roster.evaluate(&trust, &place, mesh.now + LIFE).peers.len(), 6);
+    let after = roster.evaluate(&trust, &place, mesh.now + LIFE + std::time::Duration::from_secs(1));
+    assert_eq!(after, Evaluation::default(), "gone, and no record is told as refused");
+    assert!(roster.held().is_empty() && roster.to_full(Vec::new()).peers.is_empty());
 }
 
 /// A mesh with six peers, made once: keys and signatures are the slow part.
@@ -263,6 +323,41 @@ proptest! {
             whole.evaluate(&trust, &place, mesh.now)
         );
         prop_assert_eq!(by_changes.to_full(Vec::new()), whole.to_full(Vec::new()));
+    }
+
+    /// Whatever whole maps and CRLs come in whatever order: who is in the newest map is a peer unless revoked, who is
+    /// revoked is none, and nobody else is one but those that were peers a moment before.
+    #[test]
+    fn holding_never_keeps_the_revoked_nor_makes_a_peer(
+        steps in proptest::collection::vec((any::<u8>(), any::<u8>(), any::<bool>()), 1..12),
+    ) {
+        let (mesh, own, records) = six();
+        let serials: Vec<Vec<u8>> =
+            records.iter().map(|record| mesh.trust(own, 1, &[]).judge_node(&record.leaf, mesh.now).unwrap().serial).collect();
+        let place = place(own);
+        let (mut roster, mut revoked, mut policy) = (Roster::default(), 0u8, 0);
+        let mut before: BTreeSet<u32> = BTreeSet::new();
+        for (seq, (present, newly_revoked, other_policy)) in (1u64..).zip(steps) {
+            // Revocations are rarer than maps.
+            revoked |= newly_revoked & newly_revoked.rotate_left(3) & newly_revoked.rotate_left(5);
+            policy += u64::from(other_policy);
+            let chosen = |bits: u8| (0..6usize).filter(move |at| bits & (1 << at) != 0);
+            let listed: Vec<&[u8]> = chosen(revoked).map(|at| serials[at].as_slice()).collect();
+            let trust = mesh.trust(own, seq, &listed);
+            let told = chosen(present).map(|at| records[at].clone()).collect();
+            let own = pb::Own { policy_version: policy, ..Default::default() };
+            roster.apply_full(pb::Full { own: Some(own), ..full(seq, told) }, &trust).unwrap();
+            roster.doubt();
+            let peers: BTreeSet<u32> = roster.evaluate(&trust, &place, mesh.now).peers.into_keys().collect();
+            let ids = |bits: u8| chosen(bits).map(|at| records[at].node_id).collect::<BTreeSet<u32>>();
+            prop_assert!(peers.is_superset(&ids(present & !revoked)));
+            prop_assert!(peers.is_disjoint(&ids(revoked)));
+            prop_assert!(peers.difference(&ids(present)).all(|id| before.contains(id) && roster.held().contains(id)));
+            if other_policy {
+                prop_assert_eq!(&peers, &ids(present & !revoked));
+            }
+            before = peers;
+        }
     }
 
     /// Bytes of a stream, spoiled anywhere: no panic, and whoever comes out as a peer is one as its certificate says.

@@ -22,6 +22,9 @@ use crate::roster::Peer;
 const TOUCHED: &str = "firewall/touched";
 const TOUCHED_SHOWN: Duration = Duration::from_secs(300);
 
+/// The finding that peers are kept which the map does not have.
+const HELD: &str = "held";
+
 impl Worker {
     /// Makes tunnel and firewall what the roster says now. First everybody who must go goes; then the
     /// firewall changes; only then newcomers are let in.
@@ -120,6 +123,7 @@ impl Worker {
             keys.push(key);
         }
         self.findings.clear_others("roster/", &keys);
+        self.tell_of_held();
         let mut peers = evaluation.peers;
         peers.retain(|_, peer| self.leases.holds(&peer.leaf.serial, peer.leaf.chain_not_after, now, boot));
         let serials: BTreeSet<Vec<u8>> = peers.values().map(|peer| peer.leaf.serial.clone()).collect();
@@ -132,6 +136,20 @@ impl Worker {
             }
         }
         peers
+    }
+
+    fn tell_of_held(&self) {
+        let held = self.roster.held().len();
+        if held == 0 {
+            return self.findings.clear(HELD);
+        }
+        self.findings.raise(
+            HELD,
+            Severity::Bad,
+            "the controller's map",
+            format!("it lacks {held} peers for no reason it gives; they stay until their leases end"),
+            "was the controller restored from an old backup? If they shall go: revoke them, or apply a new policy",
+        );
     }
 
     fn cut_off(&mut self, wanted: &BTreeMap<u32, Peer>) {

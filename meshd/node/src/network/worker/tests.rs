@@ -31,6 +31,7 @@ impl Fixture {
         let identities = Identities::load(&state, &clock, &findings).unwrap().unwrap();
         let setup = Setup {
             host: Host::open().unwrap(),
+            changes: Changes::listen(crate::firewall::TABLE_NAME),
             state,
             clock,
             findings,
