@@ -47,6 +47,22 @@ fn a_node_that_left_is_forgotten_and_may_come_back() {
 }
 
 #[test]
+fn who_leaves_hears_it_from_a_slow_controller_too() {
+    fleet_test("operations::who_leaves_hears_it_from_a_slow_controller_too", || {
+        let mut fleet = Fleet::without_controller();
+        fleet.init_controller();
+        fleet.start_controller_with(&[("MESH_FAILPOINT", "leave-answer-slow")]);
+        fleet.add_host("alpha");
+        fleet.start_node("alpha");
+        fleet.enroll("alpha", &[]);
+        let left = fleet.meshctl("alpha", &["leave", "--yes"]).ok();
+        assert!(!left.to_string().contains("was not told"), "{left}");
+        let node = fleet.controller(&["node", "show", "alpha", "-o", "json"]).ok().json();
+        assert_eq!(node["state"], "revoked", "{node}");
+    });
+}
+
+#[test]
 fn a_host_that_moves_is_found_again() {
     fleet_test("operations::a_host_that_moves_is_found_again", || {
         let mut fleet = Fleet::with_nodes(&["alpha", "bravo"]);

@@ -12,3 +12,5 @@ pub(crate) const ENROLL_BEFORE_ANSWER: Failpoint = Failpoint::new("enroll-before
 pub(crate) const CRL_PUSH_DISABLED: Failpoint = Failpoint::new("crl-push-disabled");
 /// Revoked nodes are recorded, but no peer is told to drop them.
 pub(crate) const PEER_REMOVAL_DISABLED: Failpoint = Failpoint::new("peer-removal-disabled");
+/// Whoever leaves the mesh waits two seconds for the answer.
+pub(crate) const LEAVE_ANSWER_SLOW: Failpoint = Failpoint::new("leave-answer-slow");

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::task::{Context, Poll};
 
 use futures::FutureExt as _;
@@ -28,6 +29,8 @@ pub(crate) struct Connection {
     pub(crate) peer: Peer,
     /// Cancelled when the connection has to end: its identity was revoked, or the daemon stops.
     pub(crate) closing: CancellationToken,
+    /// Its node has asked to leave the mesh: the identity ends with the answer still to be written.
+    pub(crate) leaving: AtomicBool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

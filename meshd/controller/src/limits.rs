@@ -23,6 +23,8 @@ pub(crate) const CONNECTION_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
 pub(crate) const ANONYMOUS_CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 /// How long a connection that was asked to go may still finish what it is doing.
 pub(crate) const CONNECTION_GRACE: Duration = Duration::from_millis(400);
+/// The same for the connection of a node that leaves the mesh by its own word: it shall hear that it has left.
+pub(crate) const LEAVING_GRACE: Duration = Duration::from_secs(20);
 /// HTTP/2 streams open at one time on one connection.
 pub(crate) const STREAMS_PER_CONNECTION_MAX: u32 = 64;
 /// HTTP/2 PING interval on idle connections.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hyper::server::conn::http2;
@@ -24,7 +25,7 @@ use crate::error::StartupError;
 use crate::gate::{Connection, Gate, GateParts, Peer, identify};
 use crate::limits::{
     ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, HANDSHAKE_TIMEOUT,
-    HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAMS_PER_CONNECTION_MAX,
+    HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LEAVING_GRACE, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::tls::peer_leaf;
 
@@ -185,8 +186,9 @@ impl Server {
             }
             _ => None,
         };
-        let connection = Arc::new(Connection { peer, closing: closing.clone() });
-        let gate = Gate::new(self.routes.clone(), connection, Arc::clone(&self.parts));
+        let connection = Connection { peer, closing: closing.clone(), leaving: AtomicBool::new(false) };
+        let connection = Arc::new(connection);
+        let gate = Gate::new(self.routes.clone(), Arc::clone(&connection), Arc::clone(&self.parts));
         let served = http2_builder().serve_connection(TokioIo::new(stream), TowerToHyperService::new(gate));
         let mut served = std::pin::pin!(served);
         tokio::select! {
@@ -196,7 +198,11 @@ impl Server {
         }
         // Answers that are ready may still leave; then the connection goes, whatever runs on it.
         served.as_mut().graceful_shutdown();
-        match tokio::time::timeout(CONNECTION_GRACE, served).await {
+        let grace = match connection.leaving.load(Ordering::Acquire) {
+            true => LEAVING_GRACE,
+            false => CONNECTION_GRACE,
+        };
+        match tokio::time::timeout(grace, served).await {
             Ok(ended) => log_end(ended),
             Err(_) => tracing::debug!("connection was cut after its grace"),
         }

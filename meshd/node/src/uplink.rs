@@ -511,3 +511,6 @@ fn lacks(have: &[pb::CrlHave], published: &[pb::CrlHave]) -> bool {
         })
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use mesh_core::{NodeName, WgKey};
 use mesh_proto::v1 as pb;
+use mesh_proto::v1::ErrorCode;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
@@ -56,5 +57,25 @@ pub(crate) fn wireguard_keys(keys: &[bytes::Bytes]) -> Result<Vec<WgKey>, Proble
     if keys.is_empty() || keys.len() > mesh_core::limits::WIREGUARD_KEYS_MAX {
         return Err(mesh_core::Refusal::WireguardKeyCount { count: keys.len() }.into());
     }
+    if keys.len() == 2 && keys[0] == keys[1] {
+        let next = "send one key, or two different ones during a rotation";
+        return Err(Problem::new(ErrorCode::Usage, "one WireGuard key is listed twice", next));
+    }
     keys.iter().map(|key| wireguard::parse_key(key)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_key_or_two_different_ones_are_taken() {
+        let key = |byte: u8| bytes::Bytes::from(vec![byte; 32]);
+        assert_eq!(wireguard_keys(&[key(9)]).unwrap().len(), 1);
+        assert_eq!(wireguard_keys(&[key(9), key(7)]).unwrap().len(), 2);
+        let twice = wireguard_keys(&[key(9), key(9)]).unwrap_err();
+        assert_eq!((twice.code, twice.why.as_str()), (ErrorCode::Usage, "one WireGuard key is listed twice"));
+        assert!(wireguard_keys(&[]).is_err());
+        assert!(wireguard_keys(&[key(9), key(7), key(5)]).is_err());
+    }
 }

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use mesh_core::world::{Node, NodeState};
 use mesh_core::{Command, NodeId, UtcTime, World};
@@ -7,6 +8,8 @@ use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
 use crate::authority::CaRole;
+use crate::failpoint;
+use crate::gate::Connection;
 use crate::parts::Parts;
 use crate::revoke;
 use crate::service::certificates::reason;
@@ -96,8 +99,14 @@ impl pb::nodes_server::Nodes for NodesService {
         let Caller::Node { id, name, .. } = &caller else {
             return Err(Problem::denied(&caller.describe(), "Nodes/Leave").into());
         };
+        if let Some(connection) = request.extensions().get::<Arc<Connection>>() {
+            connection.leaving.store(true, Ordering::Release);
+        }
         let operation = super::operation(&[])?;
         let committed = self.0.submit(&caller, operation, Command::LeaveNode { node: *id }).await?;
+        if failpoint::LEAVE_ANSWER_SLOW.is_set() {
+            tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+        }
         self.0.publisher.ensure_covers(committed.seq).await?;
         self.0.presence.forget(*id);
         let detail = format!("node {name} has left the mesh");
