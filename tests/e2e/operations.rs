@@ -57,8 +57,7 @@ fn who_leaves_hears_it_from_a_slow_controller_too() {
         fleet.enroll("alpha", &[]);
         let left = fleet.meshctl("alpha", &["leave", "--yes"]).ok();
         assert!(!left.to_string().contains("was not told"), "{left}");
-        let node = fleet.controller(&["node", "show", "alpha", "-o", "json"]).ok().json();
-        assert_eq!(node["state"], "revoked", "{node}");
+        fleet.controller(&["node", "show", "alpha"]).exits(6);
     });
 }
 

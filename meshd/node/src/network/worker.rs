@@ -20,7 +20,7 @@ use mesh_proto::v1::ErrorCode;
 use mesh_tunnel::{Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
-use moves::Ways;
+use moves::{Look, Ways};
 use reconcile::apply_firewall;
 
 use super::lease::Leases;
@@ -300,7 +300,7 @@ impl Worker {
         self.look_at_firewall().await;
         self.restore_overlay().await;
         self.refresh_endpoints().await;
-        self.look_at_ways().await;
+        self.look_at_ways(Look::Tick).await;
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
         self.save_again();

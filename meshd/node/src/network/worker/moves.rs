@@ -40,11 +40,15 @@ impl Ways {
         self.not_before = Some(ended + (ended - began) * SHARE_OF_TIME);
     }
 
-    /// Takes what was found and names the peers that are reached another way than before, or again.
-    fn compare(&mut self, found: BTreeMap<u32, (IpAddr, Option<Way>)>) -> BTreeSet<NodeId> {
+    /// Takes what was found and names the peers that are reached another way than before, or again. After a
+    /// change also those that were never looked at: they may have been spoken to from where we were.
+    fn compare(&mut self, found: BTreeMap<u32, (IpAddr, Option<Way>)>, why: Look) -> BTreeSet<NodeId> {
         let moved = found.iter().filter(|(id, (address, way))| {
-            let before = self.known.get(id);
-            way.is_some() && before.is_some_and(|(at, before)| at == address && before != way)
+            let changed = match self.known.get(id).filter(|(at, _)| at == address) {
+                Some((_, before)) => before != way,
+                None => why == Look::Change,
+            };
+            changed && way.is_some()
         });
         let moved = moved.map(|(id, _)| NodeId(*id)).collect();
         self.known = found;
@@ -57,6 +61,15 @@ impl Ways {
     }
 }
 
+/// Why the ways are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// It is time.
+    Tick,
+    /// The host's network has changed.
+    Change,
+}
+
 impl Worker {
     /// Links, addresses or routes have changed: whatever of ours was lost comes back, our endpoints are told
     /// anew, and peers that are reached another way now get a handshake from where we are.
@@ -67,11 +80,11 @@ impl Worker {
         }
         self.restore_overlay().await;
         self.refresh_endpoints().await;
-        self.look_at_ways().await;
+        self.look_at_ways(Look::Change).await;
         self.ways.looked(began, self.clock.own().now());
     }
 
-    pub(super) async fn look_at_ways(&mut self) {
+    pub(super) async fn look_at_ways(&mut self, why: Look) {
         let ids: Vec<u32> = self.current.keys().copied().collect();
         let mut by_address: BTreeMap<IpAddr, Option<Way>> = BTreeMap::new();
         let mut found = BTreeMap::new();
@@ -84,7 +97,7 @@ impl Worker {
             };
             found.insert(id, (address, way));
         }
-        let moved = self.ways.compare(found);
+        let moved = self.ways.compare(found, why);
         if !moved.is_empty() {
             tracing::info!(peers = moved.len(), "this host has moved");
             self.table.handle_moved(&moved, self.clock.own().now());
