@@ -231,7 +231,7 @@ fn peers_that_a_map_lacks_unasked_stay_until_something_says_why() {
         from: Some(cursor(2)),
         cursor: Some(cursor(3)),
         removes: vec![all[0]],
-        upserts: vec![records[1].clone()],
+        upserts: vec![records[1].to_entry()],
         ..Default::default()
     };
     roster.apply_delta(delta).unwrap();
