@@ -44,7 +44,7 @@ impl Caller {
         use CommandKind as K;
         match kind {
             K::CreateMesh => matches!(self, Caller::LocalRoot | Caller::Controller),
-            K::CertifyController | K::RecordCrl | K::RecordDenials | K::HoldClock => {
+            K::CertifyController | K::RecordCrl | K::OpenCrlShards | K::RecordDenials | K::HoldClock => {
                 self == Caller::Controller
             }
             K::RequestEnrollment | K::Enroll | K::LoginOperator => self == Caller::Token,
@@ -103,6 +103,7 @@ mod tests {
             (CommandKind::RemoveOperator, "x...x..."),
             (CommandKind::LoginOperator, "...x...."),
             (CommandKind::RecordCrl, ".x......"),
+            (CommandKind::OpenCrlShards, ".x......"),
             (CommandKind::RecordDenials, ".x......"),
             (CommandKind::HoldClock, ".x......"),
             (CommandKind::ConfirmClock, "x...x..."),

@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::certificate::{CertificateRecord, Owner, Reason};
 use crate::command::{Actor, Denial, Role};
-use crate::ids::{KeyHash, NodeId, OperationId, Serial, TokenId, WgKey};
+use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
 use crate::limits::DETAIL_CHARS_MAX;
 use crate::names::{DnsName, NodeName, OperatorName, Tag};
 use crate::policy::Policy;
 use crate::time::UtcTime;
-use crate::world::{CrlState, Mesh, Purpose, Token};
+use crate::world::{CrlState, Mesh, Purpose, ShardGroup, Token};
 
 /// One command with all its changes: all or nothing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +153,11 @@ pub enum Change {
     CrlIssued {
         crl: CrlState,
     },
+    /// New certificates of the issuer join one of these shards.
+    CrlShardsOpened {
+        issuer_key_id: KeyId,
+        group: ShardGroup,
+    },
     Denied {
         denial: Denial,
     },
@@ -231,6 +236,10 @@ impl Change {
                     "CRL {} of {} shard {} until {}",
                     crl.number, crl.issuer_key_id, crl.shard, crl.next_update
                 )
+            }
+            Change::CrlShardsOpened { issuer_key_id, group } => {
+                let ShardGroup { first, count, base_url } = group;
+                format!("{count} CRL shards of {issuer_key_id} opened from {first} at {base_url}")
             }
             Change::Denied { denial } => {
                 let Denial { caller, action, reason, count, .. } = denial;

@@ -232,6 +232,12 @@ pub enum Command {
         this_update: UtcTime,
         next_update: UtcTime,
     },
+    /// New certificates of an issuing CA carry pointers below `base_url`, and more shards take them.
+    OpenCrlShards {
+        issuer_key_id: KeyId,
+        count: u16,
+        base_url: String,
+    },
     RecordDenials {
         denials: Vec<Denial>,
     },
@@ -281,6 +287,7 @@ kinds! {
     RemoveOperator = "operator.remove",
     LoginOperator = "operator.login",
     RecordCrl = "crl.issue",
+    OpenCrlShards = "crl.open",
     RecordDenials = "denials.record",
     HoldClock = "clock.hold",
     ConfirmClock = "clock.confirm",
@@ -316,6 +323,7 @@ impl Command {
             Command::RemoveOperator { .. } => CommandKind::RemoveOperator,
             Command::LoginOperator { .. } => CommandKind::LoginOperator,
             Command::RecordCrl { .. } => CommandKind::RecordCrl,
+            Command::OpenCrlShards { .. } => CommandKind::OpenCrlShards,
             Command::RecordDenials { .. } => CommandKind::RecordDenials,
             Command::HoldClock => CommandKind::HoldClock,
             Command::ConfirmClock => CommandKind::ConfirmClock,

@@ -48,6 +48,15 @@ pub const POLICY_PROBLEMS_MAX: usize = 50;
 pub const DENIALS_MAX: usize = 1_000;
 /// Characters of one free text field of a denial.
 pub const DENIAL_TEXT_CHARS_MAX: usize = 200;
+/// Certificates in a CRL shard, on average, at which more shards are opened: a CRL of that many entries is still made
+/// about as fast as an empty one.
+pub const CERTIFICATES_PER_SHARD: usize = 1_024;
+/// CRL shards of one issuer, for ever.
+pub const CRL_SHARDS_MAX: u16 = 4_096;
+/// CRL shards opened at once.
+pub const CRL_SHARDS_PER_GROUP_MAX: u16 = 256;
+/// Characters of the base address of published CRLs; the path takes some 60 more.
+pub const BASE_URL_CHARS_MAX: usize = 150;
 /// Certificate authorities recorded at creation.
 pub const CAS_MAX: usize = 16;
 /// Addresses taken from a pool only when it is at least this big (prefix length at most 30).

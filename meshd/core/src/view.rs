@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::ids::{NodeId, Serial};
+use crate::ids::{KeyId, NodeId, Serial};
 use crate::names::{DnsName, Tag};
 use crate::policy::RulesAbout;
 use crate::world::{Identity, Node, NodeState, World, subject};
@@ -45,8 +45,8 @@ pub struct PeerView {
 pub struct Delta {
     pub upserts: BTreeMap<NodeId, PeerView>,
     pub removes: BTreeSet<NodeId>,
-    /// A newer CRL was issued.
-    pub crls: bool,
+    /// Issuers and shards with a newer CRL.
+    pub crls: BTreeSet<(KeyId, u16)>,
 }
 
 impl Delta {

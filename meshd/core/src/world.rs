@@ -6,6 +6,7 @@
 mod apply;
 mod decide;
 mod index;
+mod shards;
 mod state;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -16,9 +17,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use self::decide::Decision;
 use self::index::Index;
+pub use self::shards::{Place, ShardGroup, crl_path, is_base_url};
 pub use self::state::*;
 use crate::addresses;
-use crate::certificate::{CaRecord, Owner, Reason};
+use crate::certificate::{CaRecord, Owner};
 use crate::change::{Change, Record};
 use crate::command::{Actor, Request, Role};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
@@ -58,6 +60,9 @@ struct State {
     policy_toml: String,
     policy_version: u64,
     crls: BTreeMap<KeyId, BTreeMap<u16, CrlState>>,
+    shard_groups: BTreeMap<KeyId, Vec<ShardGroup>>,
+    /// The record of the newest revocation in each shard.
+    revoked_seq: BTreeMap<KeyId, BTreeMap<u16, u64>>,
     operations: BTreeMap<OperationId, Operation>,
     touched: VecDeque<(u64, Touched)>,
     /// Touches of records up to this one are forgotten.
@@ -284,28 +289,6 @@ impl World {
 
     pub fn wireguard_key_blocked(&self, key: &WgKey) -> bool {
         self.state.blocked_wireguard.contains(key)
-    }
-
-    /// What the next CRL of a shard must list: revoked, and not yet on a CRL signed after their expiry
-    /// (RFC 5280 §3.3), by serial.
-    pub fn revoked_entries(&self, issuer: &KeyId, shard: u16) -> Vec<(Serial, UtcTime, Reason)> {
-        let serials = self.index.revoked.get(&(issuer.clone(), shard)).into_iter().flatten();
-        let revoked = serials.filter_map(|serial| self.certificate(serial)).filter(|c| !self.is_off_crl(c));
-        revoked.filter_map(|c| c.revoked.map(|revoked| (c.serial, revoked.at, revoked.reason))).collect()
-    }
-
-    pub fn crl(&self, issuer: &KeyId, shard: u16) -> Option<&CrlState> {
-        self.state.crls.get(issuer)?.get(&shard)
-    }
-
-    /// The newest CRL of every issuer and shard.
-    pub fn crls(&self) -> impl Iterator<Item = &CrlState> {
-        self.state.crls.values().flat_map(BTreeMap::values)
-    }
-
-    /// 0 before the first CRL.
-    pub fn last_crl_number(&self, issuer: &KeyId, shard: u16) -> u64 {
-        self.crl(issuer, shard).map_or(0, |crl| crl.number)
     }
 
     /// Whether a CRL signed after its expiry has listed it, so that it may leave.

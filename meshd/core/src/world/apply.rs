@@ -92,7 +92,7 @@ impl World {
             Change::NodeRemoved { id, .. } => self.remove_node(*id),
             Change::KeyRotationAsked { id, .. } => self.update_node(*id, |node| node.rotate_keys = true),
             Change::CertificateIssued { certificate } => self.add_certificate(moment, certificate),
-            Change::CertificateRevoked { serial, reason } => self.revoke(*serial, moment.at, *reason),
+            Change::CertificateRevoked { serial, reason } => self.revoke(*serial, moment, *reason),
             Change::KeyBlocked { key_hash } => {
                 self.state.blocked_keys.insert(*key_hash);
             }
@@ -134,6 +134,10 @@ impl World {
                 let shards = self.state.crls.entry(crl.issuer_key_id.clone()).or_default();
                 shards.insert(crl.shard, crl.clone());
             }
+            Change::CrlShardsOpened { issuer_key_id, group } => {
+                let groups = self.state.shard_groups.entry(issuer_key_id.clone()).or_default();
+                groups.push(group.clone());
+            }
             Change::Denied { .. } => {}
             Change::ClockHeld => self.state.clock_held = true,
             Change::ClockConfirmed => self.state.clock_held = false,
@@ -162,7 +166,9 @@ impl World {
                 touched.own.insert(*node);
             }
             Change::PolicyApplied { .. } => touched.policy = true,
-            Change::CrlIssued { .. } => touched.crls = true,
+            Change::CrlIssued { crl } => {
+                touched.crls.insert((crl.issuer_key_id.clone(), crl.shard));
+            }
             Change::MeshCreated { .. }
             | Change::ControllerCertified { .. }
             | Change::TokenCreated { .. }
@@ -177,6 +183,7 @@ impl World {
             | Change::OperatorAdded { .. }
             | Change::OperatorRemoved { .. }
             | Change::OperatorCertified { .. }
+            | Change::CrlShardsOpened { .. }
             | Change::Denied { .. }
             | Change::ClockHeld
             | Change::ClockConfirmed => {}
@@ -250,10 +257,12 @@ impl World {
     }
 
     /// What is revoked stays so with its first time and reason.
-    fn revoke(&mut self, serial: Serial, at: UtcTime, reason: Reason) {
+    fn revoke(&mut self, serial: Serial, Moment { seq, at }: Moment, reason: Reason) {
         let Some(certificate) = self.state.certificates.get_mut(&serial) else { return };
         certificate.revoked.get_or_insert(Revocation { at, reason });
         self.index.add_revoked(certificate);
+        let shards = self.state.revoked_seq.entry(certificate.issuer_key_id.clone()).or_default();
+        shards.insert(certificate.shard, seq);
     }
 
     fn remember_operation(&mut self, moment: Moment, record: &Record) {

@@ -102,6 +102,7 @@ impl World {
                 self.decide_login(now, actor, token, certificate)
             }
             Command::RecordCrl { .. } => self.decide_crl(command),
+            Command::OpenCrlShards { .. } => self.decide_open_shards(command),
             Command::RecordDenials { denials } => self.decide_denials(denials),
             Command::HoldClock if self.clock_held() => Ok(Decision::AlreadyDone),
             Command::HoldClock => Ok(Decision::Changes(vec![Change::ClockHeld])),
@@ -200,6 +201,9 @@ impl World {
         if !now.mesh.cas.iter().any(|ca| ca.key_id == certificate.issuer_key_id) {
             return Err(Refusal::IssuerUnknown { issuer: certificate.issuer_key_id.clone() });
         }
+        if !self.has_shard(&certificate.issuer_key_id, certificate.shard) {
+            return mismatch("its CRL shard does not exist");
+        }
         if self.certificate(&certificate.serial).is_some() {
             return Err(Refusal::SerialTaken { serial: certificate.serial });
         }
@@ -291,6 +295,7 @@ const fn depends_on_time(kind: CommandKind) -> bool {
         | K::ApplyPolicy
         | K::RemoveOperator
         | K::RecordCrl
+        | K::OpenCrlShards
         | K::RecordDenials
         | K::HoldClock
         | K::ConfirmClock => false,

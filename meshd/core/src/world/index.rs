@@ -22,7 +22,10 @@ pub(super) struct Index {
     pub(super) serials_by_name: BTreeMap<String, BTreeSet<Serial>>,
     /// By the label directly under the domain.
     pub(super) serials_by_label: BTreeMap<String, BTreeSet<Serial>>,
-    pub(super) revoked: BTreeMap<(KeyId, u16), BTreeSet<Serial>>,
+    /// Revoked certificates by issuer and shard.
+    pub(super) revoked: BTreeMap<KeyId, BTreeMap<u16, BTreeSet<Serial>>>,
+    /// How many certificates each shard has.
+    pub(super) shard_sizes: BTreeMap<KeyId, BTreeMap<u16, usize>>,
     pub(super) ends: BTreeSet<(UtcTime, Serial)>,
     pub(super) operations: BTreeSet<(UtcTime, OperationId)>,
 }
@@ -68,14 +71,16 @@ impl Index {
             self.serials_by_label.entry(label).or_default().insert(serial);
         }
         self.ends.insert((certificate.not_after, serial));
+        let sizes = self.shard_sizes.entry(certificate.issuer_key_id.clone()).or_default();
+        *sizes.entry(certificate.shard).or_default() += 1;
         if certificate.revoked.is_some() {
             self.add_revoked(certificate);
         }
     }
 
     pub(super) fn add_revoked(&mut self, certificate: &CertificateState) {
-        let list = (certificate.issuer_key_id.clone(), certificate.shard);
-        self.revoked.entry(list).or_default().insert(certificate.serial);
+        let shards = self.revoked.entry(certificate.issuer_key_id.clone()).or_default();
+        shards.entry(certificate.shard).or_default().insert(certificate.serial);
     }
 
     pub(super) fn remove_certificate(&mut self, certificate: &CertificateState, domain: Option<&DnsName>) {
@@ -91,7 +96,23 @@ impl Index {
             remove_from(&mut self.serials_by_label, &label, serial);
         }
         self.ends.remove(&(certificate.not_after, *serial));
-        remove_from(&mut self.revoked, &(certificate.issuer_key_id.clone(), certificate.shard), serial);
+        if let Some(shards) = self.revoked.get_mut(&certificate.issuer_key_id) {
+            remove_from(shards, &certificate.shard, serial);
+            if shards.is_empty() {
+                self.revoked.remove(&certificate.issuer_key_id);
+            }
+        }
+        if let Some(sizes) = self.shard_sizes.get_mut(&certificate.issuer_key_id)
+            && let Some(size) = sizes.get_mut(&certificate.shard)
+        {
+            *size -= 1;
+            if *size == 0 {
+                sizes.remove(&certificate.shard);
+            }
+            if sizes.is_empty() {
+                self.shard_sizes.remove(&certificate.issuer_key_id);
+            }
+        }
     }
 }
 

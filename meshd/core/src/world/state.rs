@@ -279,7 +279,8 @@ pub struct Touched {
     /// Nodes that see themselves differently: tags, stops, asked rotations.
     pub own: BTreeSet<NodeId>,
     pub policy: bool,
-    pub crls: bool,
+    /// Issuers and shards with a newer CRL.
+    pub crls: BTreeSet<(KeyId, u16)>,
 }
 
 impl Touched {
@@ -291,7 +292,7 @@ impl Touched {
         self.nodes.extend(&other.nodes);
         self.own.extend(&other.own);
         self.policy |= other.policy;
-        self.crls |= other.crls;
+        self.crls.extend(other.crls.iter().cloned());
     }
 }
 

@@ -64,6 +64,10 @@ impl Fixture {
         self.counter += 1;
         let mut bytes = [0xA5; N];
         bytes[..4].copy_from_slice(&self.counter.to_be_bytes());
+        // The tail of a serial chooses its CRL shard.
+        if N >= 8 {
+            bytes[N - 4..].copy_from_slice(&self.counter.to_be_bytes());
+        }
         bytes
     }
 
@@ -125,7 +129,7 @@ impl Fixture {
             names: Vec::new(),
             ips: Vec::new(),
             pair_name: String::new(),
-            shard: 0,
+            shard: self.world.place_for(&issuer(), &serial).shard,
             not_before: self.now - Duration::from_secs(900),
             not_after: self.now + 72 * HOUR,
             issuer_key_id: issuer(),
@@ -223,10 +227,15 @@ impl Fixture {
 
     /// Records the next CRL of shard 0, signed now.
     pub(crate) fn crl(&mut self) {
+        self.crl_of(0);
+    }
+
+    /// Records the next CRL of a shard, signed now.
+    pub(crate) fn crl_of(&mut self, shard: u16) {
         let command = Command::RecordCrl {
             issuer_key_id: issuer(),
-            shard: 0,
-            number: self.world.last_crl_number(&issuer(), 0) + 1,
+            shard,
+            number: self.world.last_crl_number(&issuer(), shard) + 1,
             covers_seq: self.world.head_seq(),
             digest: self.bytes(),
             this_update: self.now,

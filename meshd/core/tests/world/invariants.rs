@@ -140,6 +140,7 @@ impl Machine {
             21 => (root, self.add_operator(a, b)),
             22 => (root, Command::RemoveOperator { name: OPERATORS[usize::from(a) % 3].try_into().unwrap() }),
             23 => self.login(a, b)?,
+            24 if a.is_multiple_of(16) => (Actor::Controller, open_shards(a, b)),
             24 => (Actor::Controller, self.crl(a)),
             _ if a.is_multiple_of(16) => (Actor::Controller, Command::HoldClock),
             _ => (root, Command::ConfirmClock),
@@ -252,10 +253,12 @@ impl Machine {
     }
 
     fn crl(&self, a: u8) -> Command {
+        let shards = self.mesh.world.crl_shards(&issuer());
+        let shard = shards[usize::from(a) % shards.len()];
         Command::RecordCrl {
             issuer_key_id: issuer(),
-            shard: 0,
-            number: self.mesh.world.last_crl_number(&issuer(), 0) + u64::from(!a.is_multiple_of(8)),
+            shard,
+            number: self.mesh.world.last_crl_number(&issuer(), shard) + u64::from(!a.is_multiple_of(8)),
             covers_seq: self.mesh.world.head_seq(),
             digest: [a; 32],
             this_update: self.mesh.world.record_time(self.mesh.now),
@@ -347,11 +350,12 @@ fn may(world: &World, at: UtcTime, request: &Request) -> bool {
         |serial: &Serial| world.certificate(serial).is_some_and(|c| c.revoked.is_none() && at < c.not_after);
     match actor {
         Actor::Controller => {
-            ["controller.certify", "crl.issue", "denials.record", "clock.hold"].contains(&action)
+            ["controller.certify", "crl.issue", "crl.open", "denials.record", "clock.hold"].contains(&action)
         }
         Actor::LocalRoot => ![
             "controller.certify",
             "crl.issue",
+            "crl.open",
             "denials.record",
             "clock.hold",
             "node.request",
@@ -573,6 +577,11 @@ proptest! {
         ciborium::into_writer(world, &mut bytes).unwrap();
         prop_assert_eq!(&ciborium::from_reader::<World, _>(bytes.as_slice()).unwrap(), world);
     }
+}
+
+fn open_shards(a: u8, b: u8) -> Command {
+    let base_url = format!("http://pki{}.mesh.internal", b % 2);
+    Command::OpenCrlShards { issuer_key_id: issuer(), count: u16::from(a / 16 % 3), base_url }
 }
 
 /// The random commands are worth something only if many are accepted.

@@ -9,4 +9,5 @@ mod lifecycle;
 mod nodes;
 mod operators;
 mod policy;
+mod shards;
 mod view;

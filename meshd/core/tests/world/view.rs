@@ -31,7 +31,7 @@ fn a_delta_says_what_a_node_may_see_of_what_changed() {
     let empty = mesh.world.delta_for(web.id, seq).unwrap();
     assert!(empty.is_empty());
     mesh.crl();
-    assert!(mesh.world.delta_for(web.id, seq).unwrap().crls);
+    assert_eq!(mesh.world.delta_for(web.id, seq).unwrap().crls, [(issuer(), 0)].into());
     let web_2 = mesh.enroll("web-2", &["web"]);
     let delta = mesh.world.delta_for(web.id, seq).unwrap();
     assert_eq!(

@@ -129,6 +129,9 @@ impl World {
         if !self.cas().iter().any(|ca| ca.key_id == crl.issuer_key_id) {
             return Err(Refusal::IssuerUnknown { issuer: crl.issuer_key_id });
         }
+        if crl.shard != 0 && !self.has_shard(&crl.issuer_key_id, crl.shard) {
+            return Err(Refusal::CrlMismatch { what: "its shard does not exist" });
+        }
         let before = self.crl(&crl.issuer_key_id, crl.shard);
         if before == Some(&crl) {
             return Ok(Decision::AlreadyDone);
