@@ -172,7 +172,8 @@ async fn print_fingerprint(app: &App) -> Result<()> {
 impl Crl {
     async fn run(self, app: &App) -> Result<()> {
         let channel = app.controller().await?;
-        let crls = app.ask(client!(CertificatesClient<_>, channel).crls(pb::Empty {})).await?.crls;
+        let crls =
+            app.ask(client!(CertificatesClient<_>, channel).crls(pb::CrlsRequest::default())).await?.crls;
         if self.der {
             if app.out.is_json() {
                 return Err(Failure::usage("DER is no JSON", "leave out --der or -o json"));

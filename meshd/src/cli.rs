@@ -97,6 +97,10 @@ pub(crate) struct ControllerInit {
     /// Address under which nodes reach this controller; stands in every join token. Repeatable.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<String>,
+    /// Base address in certificates where their CRL is fetched, for example http://pki.mesh.internal; certificates name
+    /// none without it.
+    #[arg(long, value_name = "URL")]
+    pub(crate) publish_url: Option<String>,
     /// Pool of overlay IPv4 addresses.
     #[arg(long, value_name = "CIDR", default_value = "100.64.0.0/10")]
     pub(crate) ipv4_pool: ipnet::Ipv4Net,
@@ -134,6 +138,18 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "F", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     passphrase_file: Option<String>,
+    /// Address at which CRLs, CA certificates and OCSP are served over plain HTTP. Repeatable.
+    #[arg(long, value_name = "ADDR:PORT", global = true)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    publish_listen: Vec<String>,
+    /// Replaces the base address given to `init` in new certificates.
+    #[arg(long, value_name = "URL", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    publish_url: Option<String>,
+    /// CRL shards opened at a time [default: 4].
+    #[arg(long, value_name = "COUNT", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crl_shards: Option<u16>,
     /// Log lines: text or json [default: text].
     #[arg(long, value_name = "FORMAT", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -28,6 +28,9 @@ pub(crate) struct ControllerSettings {
     pub(crate) socket: PathBuf,
     pub(crate) advertise: Vec<String>,
     pub(crate) passphrase_file: String,
+    pub(crate) publish_listen: Vec<SocketAddr>,
+    pub(crate) publish_url: String,
+    pub(crate) crl_shards: u16,
     pub(crate) log_format: LogFormat,
 }
 
@@ -59,6 +62,9 @@ listen = "0.0.0.0:7443"
 socket = "/run/meshd/controller.sock"
 advertise = []
 passphrase_file = ""
+publish_listen = []
+publish_url = ""
+crl_shards = 4
 log_format = "text"
 "#;
 

@@ -59,6 +59,7 @@ fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
         name: init.name,
         fleet: init.fleet.unwrap_or(first_label),
         advertise: init.advertise,
+        publish_url: init.publish_url,
         ipv4_pool: init.ipv4_pool,
         unlock,
         passphrase,
@@ -129,6 +130,11 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         socket: parsed.socket,
         advertise: parsed.advertise,
         passphrase,
+        publish_listen: parsed.publish_listen,
+        publishing: mesh_controller::Publishing {
+            url: optional(&parsed.publish_url),
+            shards: parsed.crl_shards,
+        },
         announce: true,
     };
     let log = parsed.log_format;

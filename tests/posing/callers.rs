@@ -185,6 +185,7 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         name: "ctl-1".into(),
         fleet: "test".into(),
         advertise: vec![],
+        publish_url: None,
         ipv4_pool: "100.64.0.0/10".parse().unwrap(),
         unlock: mesh_controller::Unlock::None,
         passphrase: None,
@@ -196,6 +197,8 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         socket: folder.path().join("controller.sock"),
         advertise: vec![],
         passphrase: None,
+        publish_listen: vec![],
+        publishing: mesh_controller::Publishing::default(),
         announce: false,
     };
     let socket = config.socket.clone();

@@ -1,15 +1,16 @@
 //! The CA with its keys in memory: the one place where identities meet X.509.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use mesh_ca::{
-    CrlPlan, DnsName, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafTemplate, MemoryKeyStore,
-    NameError, Profile, RevokedEntry, SerialNumber, SubjectKey, TrustDomain,
+    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafTemplate,
+    MemoryKeyStore, NameError, Profile, PublishingPoints, RevokedEntry, SerialNumber, SubjectKey,
+    TrustDomain, UrlError,
 };
+use mesh_core::world::Place;
 use mesh_core::{CaRecord, CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
 use sha2::{Digest as _, Sha256};
 use time::UtcDateTime;
@@ -54,6 +55,15 @@ pub(crate) struct SignedCrl {
     pub(crate) der: Vec<u8>,
     pub(crate) this_update: UtcTime,
     pub(crate) next_update: UtcTime,
+}
+
+/// What a CRL is to say.
+pub(crate) struct CrlOrder<'a> {
+    pub(crate) number: u64,
+    /// The address in the certificates of its shard.
+    pub(crate) url: Option<&'a str>,
+    pub(crate) revoked: &'a [RevokedEntry],
+    pub(crate) now: UtcDateTime,
 }
 
 /// Which of the two CAs a CRL belongs to.
@@ -240,7 +250,7 @@ impl Authority {
         &self,
         request: &LeafRequest,
         key: SubjectKey<'_>,
-        serial: SerialNumber,
+        (serial, place): (SerialNumber, &Place),
         now: UtcDateTime,
     ) -> Result<CertificateRecord, IssueProblem> {
         let mut template =
@@ -253,6 +263,13 @@ impl Authority {
             .map_err(IssueProblem::Name)?;
         template.ips.clone_from(&request.ips);
         template.wireguard_keys.clone_from(&request.wireguard);
+        template.crl_shard = place.shard;
+        if let Some(base) = &place.base_url {
+            let points = points(base).map_err(IssueProblem::Pointers)?;
+            let issuer = self.issuing.key_identifier();
+            template.pointers = points.leaf(issuer, place.shard).map_err(IssueProblem::Pointers)?;
+            template.pointers.ocsp = None;
+        }
         let issued = mesh_ca::issue_leaf(&self.issuing, &self.store, key, &template, serial)
             .map_err(IssueProblem::Issue)?;
         Ok(CertificateRecord {
@@ -271,27 +288,37 @@ impl Authority {
         })
     }
 
-    /// Signs a CRL. Blocks.
+    /// The CAs whose CRLs are published, issuing ones first.
+    pub(crate) fn crl_issuers(&self) -> Vec<(mesh_core::KeyId, CaRole)> {
+        [CaRole::Issuing, CaRole::Root].map(|role| (self.issuer_key_id(role), role)).into()
+    }
+
+    /// Signs a CRL of one of [`crl_issuers`](Self::crl_issuers). Blocks.
     pub(crate) fn crl(
         &self,
-        role: CaRole,
-        number: u64,
-        revoked: &[RevokedEntry],
-        now: UtcDateTime,
+        issuer: &mesh_core::KeyId,
+        order: &CrlOrder<'_>,
     ) -> Result<SignedCrl, mesh_ca::CrlError> {
+        let role = self.role_of(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
         let lifetime = match role {
             CaRole::Root => mesh_ca::ROOT_CRL_LIFETIME,
             CaRole::Issuing => mesh_ca::CRL_LIFETIME,
         };
-        let plan = CrlPlan::new(number, now, lifetime, revoked);
+        let mut plan = CrlPlan::new(order.number, order.now, lifetime, order.revoked);
+        let url = order.url.and_then(|url| HttpUrl::parse(url).ok());
+        plan.url = url.as_ref();
         let der = mesh_ca::build_crl(self.ca(role), &self.store, &plan)?;
         Ok(SignedCrl { der, this_update: plan.this_update.into(), next_update: plan.next_update.into() })
     }
 
-    /// The serials that a CRL of ours lists; `None` if it is not ours or cannot be read.
-    pub(crate) fn listed(&self, role: CaRole, der: &[u8]) -> Option<BTreeSet<Serial>> {
-        let crl = mesh_ca::Crl::parse_verified(der, self.ca(role).certificate_der()).ok()?;
-        Some(crl.entries().map(|entry| Serial(*entry.serial.as_bytes())).collect())
+    /// How many certificates a CRL of ours lists; `None` if it is not ours or cannot be read.
+    pub(crate) fn listed(&self, issuer: &mesh_core::KeyId, der: &[u8]) -> Option<usize> {
+        let issuer = self.ca(self.role_of(issuer)?).certificate_der();
+        Some(mesh_ca::Crl::parse_verified(der, issuer).ok()?.len())
+    }
+
+    fn role_of(&self, issuer: &mesh_core::KeyId) -> Option<CaRole> {
+        self.crl_issuers().into_iter().find(|(known, _)| known == issuer).map(|(_, role)| role)
     }
 
     fn ca(&self, role: CaRole) -> &Issuer {
@@ -307,6 +334,8 @@ impl Authority {
 pub(crate) enum IssueProblem {
     #[error("name cannot stand in a certificate")]
     Name(#[source] NameError),
+    #[error("address of published CRLs cannot stand in a certificate")]
+    Pointers(#[source] UrlError),
     #[error("certificate was not issued")]
     Issue(#[source] mesh_ca::IssueError),
 }
@@ -338,6 +367,11 @@ impl CaFacts {
 /// A serial that no certificate of ours has had: 126 random bits; the writer refuses a repeat.
 pub(crate) fn draw_serial() -> SerialNumber {
     SerialNumber::random(&mut random_fill)
+}
+
+/// The addresses below a base address. How many shards there are is World's to say.
+fn points(base: &str) -> Result<PublishingPoints, UrlError> {
+    PublishingPoints::new(HttpUrl::parse(base)?, 1)
 }
 
 /// A name as one label of a SPIFFE ID.

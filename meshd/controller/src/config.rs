@@ -63,6 +63,8 @@ pub struct InitConfig {
     pub fleet: String,
     /// `host:port` under which nodes reach the controller; stands in every join token.
     pub advertise: Vec<String>,
+    /// Base address of published CRLs, for example `http://pki.mesh.internal`.
+    pub publish_url: Option<String>,
     /// Pool of overlay IPv4 addresses.
     pub ipv4_pool: ipnet::Ipv4Net,
     pub unlock: Unlock,
@@ -92,6 +94,27 @@ pub struct RunConfig {
     /// Overrides what `init` was told, when not empty.
     pub advertise: Vec<String>,
     pub passphrase: Option<Passphrase>,
+    /// Where CRLs and CA certificates are served over plain HTTP; port 0 takes a free one.
+    pub publish_listen: Vec<SocketAddr>,
+    pub publishing: Publishing,
     /// Print `listening on ADDR` on standard output once requests are served.
     pub announce: bool,
+}
+
+/// How certificates say where their CRL is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publishing {
+    /// Base address in new certificates: `http://host[:port][/path]`. `None` keeps what was used before.
+    pub url: Option<String>,
+    /// CRL shards opened at a time, from 1 to 256.
+    pub shards: u16,
+}
+
+/// CRL shards opened at a time when nobody says otherwise.
+pub const CRL_SHARDS_DEFAULT: u16 = 4;
+
+impl Default for Publishing {
+    fn default() -> Self {
+        Self { url: None, shards: CRL_SHARDS_DEFAULT }
+    }
 }

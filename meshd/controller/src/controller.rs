@@ -19,7 +19,7 @@ use crate::archive::Archive;
 use crate::authority::Authority;
 use crate::certify::Certifier;
 use crate::codec::{decode, decode_record};
-use crate::config::RunConfig;
+use crate::config::{Publishing, RunConfig};
 use crate::denials::Denials;
 use crate::directory::Directory;
 use crate::enroll::Enroller;
@@ -27,7 +27,7 @@ use crate::error::StartupError;
 use crate::gate::GateParts;
 use crate::history::History;
 use crate::identity::IdentityAnswers;
-use crate::init::check_advertised;
+use crate::init::{check_advertised, check_publish_url};
 use crate::issuer::Issuing;
 use crate::limits::{ANSWER_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::listener::{Server, bind_tcp, bind_unix};
@@ -49,6 +49,7 @@ use crate::throttle::Throttle;
 use crate::tls::server_config;
 use crate::token::TokenFacts;
 use crate::views::Views;
+use crate::web::{Web, WebParts, WebSocket};
 use crate::writer::{Writer, WriterParts};
 
 /// How long connections may finish after shutdown was asked for.
@@ -76,6 +77,8 @@ pub struct Controller {
     server: Server,
     tcp: TcpListener,
     unix: UnixListener,
+    web: Web,
+    web_sockets: Vec<WebSocket>,
     socket: PathBuf,
     snapshots: SnapshotTaker,
     sightings: Sightings,
@@ -101,6 +104,7 @@ impl Controller {
     pub async fn build(config: RunConfig, environment: Environment) -> Result<Self, StartupError> {
         let Environment { clock, journal } = environment;
         config.advertise.iter().try_for_each(|address| check_advertised(address))?;
+        config.publishing.url.iter().try_for_each(|url| check_publish_url(url))?;
         let (state, store) = StateDir::open(&config.state_dir)?;
         let settings = state.settings()?;
         let journal = journal.unwrap_or_else(|| Box::new(store.journal));
@@ -114,6 +118,10 @@ impl Controller {
             .local_addr()
             .map_err(|source| StartupError::Listen { address: config.listen.to_string(), source })?;
         let unix = bind_unix(&config.socket).await?;
+        let mut web_sockets = Vec::new();
+        for address in &config.publish_listen {
+            web_sockets.push(WebSocket::open(*address).await?);
+        }
         let controllers = advertised(&config, &settings, address);
 
         let archive = Archive::new(journal.reader());
@@ -127,7 +135,21 @@ impl Controller {
             fatal: fatal.clone(),
         })
         .map_err(|error| StartupError::internal("cannot start the writer", error))?;
-        let issuing = Issuing::new(Arc::clone(&authority), Arc::clone(&clock));
+        let issuing = Issuing::new(Arc::clone(&authority), Arc::clone(&directory), Arc::clone(&clock));
+        let publishing = Publishing {
+            url: config.publishing.url.clone().or_else(|| settings.publish_url.clone()),
+            ..config.publishing.clone()
+        };
+        let publisher = Arc::new(Publisher::new(
+            Arc::clone(&directory),
+            writer.clone(),
+            issuing.clone(),
+            (Arc::clone(&clock), state.crls(), publishing),
+        ));
+        publisher
+            .open_shards()
+            .await
+            .map_err(|problem| startup(&state, "cannot open CRL shards", problem))?;
         let own = OwnCertificate::issue(
             settings.name.clone(),
             mesh.domain.clone(),
@@ -135,12 +157,6 @@ impl Controller {
         )
         .await
         .map_err(|problem| startup(&state, "cannot issue the controller's certificate", problem))?;
-        let publisher = Arc::new(Publisher::new(
-            Arc::clone(&directory),
-            writer.clone(),
-            issuing.clone(),
-            (Arc::clone(&clock), state.crls()),
-        ));
         publisher.start().await.map_err(|problem| startup(&state, "cannot publish CRLs", problem))?;
 
         let anchors = TrustAnchors::new(domain.clone(), [authority.root_der()])
@@ -202,7 +218,6 @@ impl Controller {
             revoker: Revoker {
                 directory: Arc::clone(&directory),
                 writer: writer.clone(),
-                issuing: issuing.clone(),
                 publisher: Arc::clone(&publisher),
                 receipts,
                 connections: connections.clone(),
@@ -231,15 +246,24 @@ impl Controller {
             denials,
             clock,
         });
+        let web = WebParts::new(
+            Arc::clone(&parts.directory),
+            Arc::clone(&parts.publisher),
+            Arc::clone(&parts.clock),
+        );
+        let web = Web::new(web, stop.clone());
         let acceptor = TlsAcceptor::from(Arc::new(tls));
         let server = Server::new(routes(&parts), gate, (acceptor, anchors), (connections, stop.clone()));
-        write_listen_file(&state, address);
+        write_listen_file(&state, "listen", [address]);
+        write_listen_file(&state, "publish-listen", web_sockets.iter().filter_map(WebSocket::address));
         Ok(Self {
             parts,
             own: Arc::new(own),
             server,
             tcp,
             unix,
+            web,
+            web_sockets,
             socket: config.socket,
             snapshots,
             sightings,
@@ -258,6 +282,11 @@ impl Controller {
         self.tcp.local_addr()
     }
 
+    /// Where CRLs are served over plain HTTP.
+    pub fn publish_addrs(&self) -> Vec<SocketAddr> {
+        self.web_sockets.iter().filter_map(WebSocket::address).collect()
+    }
+
     /// Serves until `shutdown` is cancelled.
     ///
     /// # Errors
@@ -270,6 +299,8 @@ impl Controller {
             server,
             tcp,
             unix,
+            web,
+            web_sockets,
             socket,
             snapshots,
             writer_thread,
@@ -289,6 +320,10 @@ impl Controller {
         {
             let server = server.clone();
             tasks.spawn(async move { server.serve_unix(unix).await });
+        }
+        for socket in web_sockets {
+            let web = web.clone();
+            tasks.spawn(async move { web.serve(socket).await });
         }
         {
             let server = server.clone();
@@ -418,9 +453,10 @@ fn advertised(config: &RunConfig, settings: &Settings, address: SocketAddr) -> V
 }
 
 /// For whoever started the controller with port 0.
-fn write_listen_file(state: &StateDir, address: SocketAddr) {
-    if let Err(error) = state.write("listen", format!("{address}\n").as_bytes()) {
-        tracing::warn!(%error, "the file `listen` was not written");
+fn write_listen_file(state: &StateDir, name: &str, addresses: impl IntoIterator<Item = SocketAddr>) {
+    let lines: String = addresses.into_iter().map(|address| format!("{address}\n")).collect();
+    if let Err(error) = state.write(name, lines.as_bytes()) {
+        tracing::warn!(%error, name, "the file was not written");
     }
 }
 

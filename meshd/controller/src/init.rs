@@ -53,6 +53,7 @@ fn fill(
         name: config.name.clone(),
         unlock: config.unlock,
         advertise: config.advertise.clone(),
+        publish_url: config.publish_url.clone(),
         incarnation: 1,
     })?;
     Ok(InitSummary {
@@ -97,6 +98,7 @@ fn check(config: &InitConfig) -> Result<TrustDomain, StartupError> {
     let domain = TrustDomain::parse(&config.domain).map_err(|error| config_error("domain", error))?;
     label(&config.name).map_err(|error| config_error("name", error))?;
     config.advertise.iter().try_for_each(|address| check_advertised(address))?;
+    config.publish_url.iter().try_for_each(|url| check_publish_url(url))?;
     match (&config.unlock, &config.passphrase) {
         (Unlock::None, _) | (_, Some(_)) => Ok(domain),
         (_, None) => Err(StartupError::PassphraseMissing),
@@ -120,6 +122,17 @@ pub(crate) fn check_advertised(address: &str) -> Result<(), StartupError> {
         return Err(problem("does not name a host and a port"));
     }
     Ok(())
+}
+
+/// `http://host[:port][/path]`: what certificates can carry for ever.
+pub(crate) fn check_publish_url(url: &str) -> Result<(), StartupError> {
+    match mesh_core::world::is_base_url(url) {
+        true => Ok(()),
+        false => Err(config_error(
+            "publish_url",
+            format!("{url:?} is not a plain http://HOST[:PORT][/PATH] without a final slash"),
+        )),
+    }
 }
 
 fn config_error(key: &'static str, problem: impl ToString) -> StartupError {

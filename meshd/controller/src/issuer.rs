@@ -8,13 +8,15 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mesh_ca::{Csr, CsrError, LeafKey, RequestedNames, SubjectKey, VerifiedCsr};
-use mesh_core::CertificateRecord;
+use mesh_ca::{Csr, CsrError, LeafKey, RequestedNames, SerialNumber, SubjectKey, VerifiedCsr};
+use mesh_core::world::Place;
+use mesh_core::{CertificateRecord, Serial};
 use mesh_proto::v1::ErrorCode;
 use mesh_runtime::SharedClock;
 use tokio::sync::Semaphore;
 
-use crate::authority::{Authority, IssueProblem, LeafRequest, draw_serial};
+use crate::authority::{Authority, CaRole, IssueProblem, LeafRequest, draw_serial};
+use crate::directory::Directory;
 use crate::limits::{CSR_BYTES_MAX, PREPARATIONS_MAX};
 use crate::status::Problem;
 
@@ -22,13 +24,14 @@ use crate::status::Problem;
 #[derive(Debug, Clone)]
 pub(crate) struct Issuing {
     authority: Arc<Authority>,
+    directory: Arc<Directory>,
     clock: SharedClock,
     permits: Arc<Semaphore>,
 }
 
 impl Issuing {
-    pub(crate) fn new(authority: Arc<Authority>, clock: SharedClock) -> Self {
-        Self { authority, clock, permits: Arc::new(Semaphore::new(PREPARATIONS_MAX)) }
+    pub(crate) fn new(authority: Arc<Authority>, directory: Arc<Directory>, clock: SharedClock) -> Self {
+        Self { authority, directory, clock, permits: Arc::new(Semaphore::new(PREPARATIONS_MAX)) }
     }
 
     pub(crate) fn authority(&self) -> &Arc<Authority> {
@@ -62,9 +65,10 @@ impl Issuing {
         csr: Arc<VerifiedCsr>,
     ) -> Result<CertificateRecord, Problem> {
         let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
+        let (serial, place) = self.draw_place();
         self.on_pool(move || {
             let key = SubjectKey::Csr(&csr);
-            authority.issue(&request, key, draw_serial(), now).map_err(Problem::from)
+            authority.issue(&request, key, (serial, &place), now).map_err(Problem::from)
         })
         .await
     }
@@ -76,11 +80,20 @@ impl Issuing {
         key: Arc<LeafKey>,
     ) -> Result<CertificateRecord, Problem> {
         let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
+        let (serial, place) = self.draw_place();
         self.on_pool(move || {
             let key = SubjectKey::Own(&key);
-            authority.issue(&request, key, draw_serial(), now).map_err(Problem::from)
+            authority.issue(&request, key, (serial, &place), now).map_err(Problem::from)
         })
         .await
+    }
+
+    /// A new serial and the CRL shard that it chooses.
+    fn draw_place(&self) -> (SerialNumber, Place) {
+        let serial = draw_serial();
+        let issuer = self.authority.issuer_key_id(CaRole::Issuing);
+        let place = self.directory.read(|world| world.place_for(&issuer, &Serial(*serial.as_bytes())));
+        (serial, place)
     }
 
     /// Runs work that blocks, when a permit is free.
@@ -178,6 +191,9 @@ impl From<IssueProblem> for Problem {
                 format!("the issuing CA ends at {at}"),
                 "renew the issuing CA",
             ),
+            IssueProblem::Pointers(source) => {
+                Self::internal_error("the certificate cannot say where its CRL is", source)
+            }
             IssueProblem::Issue(other) => Self::internal_error("certificate was not issued", other),
         }
     }

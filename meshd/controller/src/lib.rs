@@ -24,6 +24,7 @@ mod authority;
 mod issuer;
 mod own_certificate;
 mod publish;
+mod web;
 
 mod auth;
 mod connections;
@@ -54,7 +55,7 @@ mod failpoint;
 mod parts;
 mod service;
 
-pub use config::{InitConfig, InitSummary, Passphrase, RunConfig, Unlock};
+pub use config::{CRL_SHARDS_DEFAULT, InitConfig, InitSummary, Passphrase, Publishing, RunConfig, Unlock};
 pub use controller::{Controller, Environment};
 pub use error::StartupError;
 pub use init::init;

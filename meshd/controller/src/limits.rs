@@ -38,6 +38,17 @@ pub(crate) const MESSAGE_BYTES_MAX: usize = 256 * 1024;
 /// Octets of one message of ours: a full map of a large mesh, all CRLs.
 pub(crate) const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
+/// Plain-HTTP connections open at one time, in all and from one address.
+pub(crate) const WEB_CONNECTIONS_MAX: usize = 1_024;
+pub(crate) const WEB_CONNECTIONS_PER_ADDRESS_MAX: usize = 64;
+/// Age at which a plain-HTTP connection is closed: a CRL of a full shard takes a modem that long.
+pub(crate) const WEB_CONNECTION_AGE_MAX: Duration = Duration::from_secs(120);
+/// Time for the head of one plain-HTTP request.
+pub(crate) const WEB_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Octets and number of the headers of one plain-HTTP request.
+pub(crate) const WEB_HEADER_BYTES_MAX: usize = 16 * 1024;
+pub(crate) const WEB_HEADERS_MAX: usize = 64;
+
 /// Octets of a CSR in DER.
 pub(crate) const CSR_BYTES_MAX: usize = 16 * 1024;
 /// Names and addresses asked for in one certificate.
@@ -52,7 +63,7 @@ pub(crate) const ENDPOINTS_PER_NODE_MAX: usize = 16;
 pub(crate) const FINDINGS_PER_NODE_MAX: usize = 16;
 pub(crate) const FINDING_BYTES_MAX: usize = 256;
 /// CRLs a node may say it has.
-pub(crate) const CRLS_PER_MESSAGE_MAX: usize = 64;
+pub(crate) const CRLS_PER_MESSAGE_MAX: usize = 4_096;
 /// Octets of a version or backend text of a node.
 pub(crate) const VERSION_BYTES_MAX: usize = 64;
 /// Entries in one page of a listing.

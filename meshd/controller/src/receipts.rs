@@ -4,22 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_core::world::NodeState;
-use mesh_core::{KeyId, NodeId, UtcTime};
+use mesh_core::{NodeId, UtcTime};
 use mesh_proto::v1 as pb;
 use tokio::time::Instant;
 
 use crate::directory::Directory;
 use crate::limits::RECEIPTS_WAIT_MAX;
 use crate::presence::Presence;
+use crate::publish::CrlRef;
 
 /// What counts as having taken it up.
 #[derive(Debug, Clone)]
 pub(crate) struct Expected {
     /// The record of the revocation.
     pub(crate) seq: u64,
-    pub(crate) issuer: KeyId,
-    pub(crate) shard: u16,
-    pub(crate) crl_number: u64,
+    /// The CRLs that list what was revoked.
+    pub(crate) crls: Vec<CrlRef>,
     /// When what was revoked ends by itself.
     pub(crate) lease_ends: UtcTime,
     /// Not asked: it is the one that was revoked.
@@ -68,7 +68,8 @@ impl Receipts {
 
     fn receipt(&self, id: NodeId, name: String, expected: &Expected) -> pb::Receipt {
         let presence = self.presence.of(id);
-        let has_crl = presence.has_crl(&expected.issuer.0, expected.shard.into(), expected.crl_number);
+        let has = |crl: &CrlRef| presence.has_crl(&crl.issuer.0, crl.shard.into(), crl.number);
+        let has_crl = expected.crls.iter().all(has);
         let state = if has_crl && presence.acknowledged_seq >= expected.seq {
             pb::receipt::State::Acknowledged
         } else if presence.connected {

@@ -6,11 +6,9 @@ use std::time::Duration;
 use mesh_core::{Actor, Change, Command, NodeId, OperationId, Reason, Request, Serial, UtcTime, Which};
 use mesh_proto::v1 as pb;
 
-use crate::authority::CaRole;
 use crate::connections::Connections;
 use crate::directory::Directory;
-use crate::issuer::Issuing;
-use crate::publish::Publisher;
+use crate::publish::{CrlRef, Publisher};
 use crate::receipts::{Expected, Receipts};
 use crate::service::messages::certificate_message;
 use crate::status::Problem;
@@ -21,7 +19,6 @@ use crate::writer::{Committed, Writer};
 pub(crate) struct Revoker {
     pub(crate) directory: Arc<Directory>,
     pub(crate) writer: Writer,
-    pub(crate) issuing: Issuing,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) receipts: Receipts,
     pub(crate) connections: Connections,
@@ -94,12 +91,11 @@ impl Revoker {
                 self.receipts.presence.forget(*id);
             }
         }
-        let covered = if committed.changed() { committed.seq } else { 0 };
-        let crl_number = self.cover(covered).await?;
+        let crls = self.cover(changes).await?;
         let mut response = pb::RevokeResponse {
             changed: committed.changed(),
             revoked,
-            crl_number,
+            crl_number: crls.iter().map(|crl| crl.number).max().unwrap_or(0),
             tokens_void: count(changes.iter().filter(|c| matches!(c, Change::TokenRevoked { .. })).count()),
             peer_removed: changes
                 .iter()
@@ -107,14 +103,7 @@ impl Revoker {
             ..pb::RevokeResponse::default()
         };
         if !order.wait.is_zero() {
-            let expected = Expected {
-                seq: committed.seq,
-                issuer: self.issuing.authority().issuer_key_id(CaRole::Issuing),
-                shard: 0,
-                crl_number,
-                lease_ends,
-                except: node,
-            };
+            let expected = Expected { seq: committed.seq, crls, lease_ends, except: node };
             let (receipts, waited) = self.receipts.collect(&expected, order.wait).await;
             response.receipts = receipts;
             response.waited_ms = u32::try_from(waited.as_millis()).unwrap_or(u32::MAX);
@@ -123,8 +112,8 @@ impl Revoker {
     }
 
     /// A CRL with this revocation. Without one the revocation stands all the same, and says so.
-    async fn cover(&self, seq: u64) -> Result<u64, Problem> {
-        self.publisher.ensure_covers(seq).await.map_err(|problem| Problem {
+    async fn cover(&self, changes: &[Change]) -> Result<Vec<CrlRef>, Problem> {
+        self.publisher.cover(changes).await.map_err(|problem| Problem {
             why: format!("revoked, but the CRL that says so could not be made: {}", problem.why),
             next: format!("the controller tries again by itself; {}", problem.next),
             ..problem

@@ -10,7 +10,7 @@ use crate::directory::Directory;
 use crate::limits::SNAPSHOT_EVERY_RECORDS;
 
 /// The layout of World that this program writes and reads; another one is replayed from the journal.
-pub(crate) const SNAPSHOT_VERSION: u32 = 1;
+pub(crate) const SNAPSHOT_VERSION: u32 = 2;
 
 #[derive(Debug)]
 pub(crate) struct SnapshotTaker {

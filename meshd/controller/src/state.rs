@@ -22,6 +22,9 @@ pub(crate) struct Settings {
     pub(crate) name: String,
     pub(crate) unlock: Unlock,
     pub(crate) advertise: Vec<String>,
+    /// Base address of published CRLs, unless `run` is told another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) publish_url: Option<String>,
     /// Rises at each restore from a backup, so that cursors of a lost future are not taken up.
     pub(crate) incarnation: u32,
 }

@@ -390,7 +390,7 @@ fn replaced_by_newer() -> Problem {
     )
 }
 
-fn check_crls(crls: &[pb::CrlHave]) -> Result<(), Problem> {
+pub(crate) fn check_crls(crls: &[pb::CrlHave]) -> Result<(), Problem> {
     if crls.len() > CRLS_PER_MESSAGE_MAX {
         return Err(Problem::too_large("list of CRLs", CRLS_PER_MESSAGE_MAX));
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_core::policy::Subject;
-use mesh_core::world::NodeState;
+use mesh_core::world::{CrlState, NodeState};
 use mesh_core::{NodeId, Own, World};
 use mesh_proto::v1 as pb;
 use mesh_store::Head;
@@ -13,7 +13,7 @@ use crate::authority::Authority;
 use crate::directory::Directory;
 use crate::entries::Entries;
 use crate::failpoint;
-use crate::publish::Publisher;
+use crate::publish::{Publisher, crl_have};
 
 /// How a node stands to be told about the roster.
 #[derive(Debug)]
@@ -47,8 +47,8 @@ impl Views {
         from: Option<&pb::Cursor>,
         since: Option<u64>,
     ) -> (Roster, u64) {
-        // Read before World, so that a CRL in the list is never newer than the cursor says.
-        let crls = self.publisher.haves();
+        // Read before World: the two locks are never held together.
+        let frozen = self.publisher.frozen_haves();
         self.directory.read_with_head(|world, head| {
             let is_member = world.node(node).is_some_and(|n| n.state == NodeState::Active);
             let roster = match since.and_then(|since| world.delta_for(node, since)) {
@@ -56,9 +56,9 @@ impl Views {
                 Some(delta) if delta.is_empty() => Roster::Unchanged,
                 Some(delta) => {
                     let changed = delta.upserts.keys().copied().collect();
-                    Roster::Delta(self.delta(world, head, from, delta, crls), changed)
+                    Roster::Delta(self.delta(world, head, from, delta, frozen), changed)
                 }
-                None => self.full(world, head, node, crls).map_or(Roster::Gone, Roster::Full),
+                None => self.full(world, head, node, frozen).map_or(Roster::Gone, Roster::Full),
             };
             (roster, head.seq)
         })
@@ -94,7 +94,13 @@ impl Views {
         })
     }
 
-    fn full(&self, world: &World, head: Head, node: NodeId, crls: Vec<pb::CrlHave>) -> Option<pb::Full> {
+    fn full(
+        &self,
+        world: &World,
+        head: Head,
+        node: NodeId,
+        frozen: Option<Vec<pb::CrlHave>>,
+    ) -> Option<pb::Full> {
         let view = world.view_for(node)?;
         self.entries.forget_all_ended(world);
         Some(pb::Full {
@@ -102,7 +108,7 @@ impl Views {
             own: Some(own(&view.own)),
             issuers: vec![self.authority.issuing_der().to_vec().into()],
             peers: view.peers.iter().filter_map(|(id, view)| self.entries.of(world, *id, view)).collect(),
-            crls,
+            crls: frozen.unwrap_or_else(|| world.crls().map(have).collect()),
         })
     }
 
@@ -112,9 +118,15 @@ impl Views {
         head: Head,
         from: Option<&pb::Cursor>,
         delta: mesh_core::Delta,
-        crls: Vec<pb::CrlHave>,
+        frozen: Option<Vec<pb::CrlHave>>,
     ) -> pb::Delta {
         self.entries.forget_ended(world, delta.removes.iter());
+        let newer = delta.crls.iter().filter_map(|(issuer, shard)| world.crl(issuer, *shard)).map(have);
+        let crls = match frozen {
+            Some(_) if delta.crls.is_empty() => Vec::new(),
+            Some(frozen) => frozen,
+            None => newer.collect(),
+        };
         let removes = match failpoint::PEER_REMOVAL_DISABLED.is_set() {
             true => Vec::new(),
             false => delta.removes.iter().map(|id| id.0).collect(),
@@ -130,9 +142,13 @@ impl Views {
                 .filter_map(|(id, view)| self.entries.of(world, *id, view))
                 .collect(),
             removes,
-            crls: if delta.crls { crls } else { Vec::new() },
+            crls,
         }
     }
+}
+
+fn have(crl: &CrlState) -> pb::CrlHave {
+    crl_have(&crl.issuer_key_id, crl.shard, crl.number)
 }
 
 fn own(own: &Own) -> pb::Own {

@@ -11,7 +11,7 @@ pub(crate) const ISSUERS_MAX: usize = 16;
 /// One CRL, DER bytes.
 pub(crate) const CRL_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// CRLs (issuer and shard) that are kept.
-pub(crate) const CRLS_MAX: usize = 64;
+pub(crate) const CRLS_MAX: usize = mesh_ca::CRLS_MAX;
 /// One gRPC message from the controller, bytes.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// One gRPC message on the local socket, bytes.

@@ -55,6 +55,8 @@ pub(crate) enum TrustError {
     CrlIssuer,
     #[error("CRL is {0} bytes long, {CRL_BYTES_MAX} is the limit")]
     CrlTooLarge(usize),
+    #[error("CRL is not that of shard {0}")]
+    CrlShard(u32),
     #[error("there are more than {CRLS_MAX} CRLs")]
     TooManyCrls,
 }
@@ -128,6 +130,14 @@ impl Trust {
             .chain(self.anchors.root_ders())
             .find_map(|issuer| Crl::parse_verified(&message.der, issuer).ok())
             .ok_or(TrustError::CrlIssuer)?;
+        // The shard is not signed, the address is: a CRL in the place of another would hide what that one lists.
+        let of_shard = match crl.url() {
+            Some(url) => url.as_str().ends_with(&format!("/{}.crl", message.shard)),
+            None => message.shard == 0,
+        };
+        if !of_shard {
+            return Err(TrustError::CrlShard(message.shard));
+        }
         let key = (crl.issuer_key_id().as_bytes().to_vec(), message.shard);
         match self.crls.get(&key) {
             Some(known) if known.crl.number() >= crl.number() => return Ok(false),

@@ -348,7 +348,8 @@ impl Uplink {
     }
 
     async fn fetch_crls(&self, channel: &Channel) -> Result<(), End> {
-        let mut request = Request::new(pb::Empty {});
+        let have = self.network.knowledge().await?.crls;
+        let mut request = Request::new(pb::CrlsRequest { have });
         request.set_timeout(CALL_TIMEOUT);
         let mut client =
             CertificatesClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);

@@ -16,7 +16,7 @@ impl pb::ca_server::Ca for CaService {
         let mut info = self.0.ca_info();
         // After World was read, not while: its lock and the publisher's are never held together.
         for crl in &mut info.crls {
-            crl.entries = self.0.publisher.entries_of(&crl.issuer_key_id, crl.number) as u64;
+            crl.entries = self.0.publisher.entries_of(&crl.issuer_key_id, crl.shard, crl.number) as u64;
         }
         Ok(Response::new(info))
     }

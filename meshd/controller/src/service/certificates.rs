@@ -15,6 +15,7 @@ use crate::parts::Parts;
 use crate::revoke;
 use crate::service::messages::{certificate_message, name_owner};
 use crate::status::Problem;
+use crate::sync::check_crls;
 
 #[derive(Debug)]
 pub(crate) struct CertificatesService(pub(crate) Arc<Parts>);
@@ -23,9 +24,15 @@ pub(crate) struct CertificatesService(pub(crate) Arc<Parts>);
 impl pb::certificates_server::Certificates for CertificatesService {
     async fn issue(&self, request: Request<pb::IssueRequest>) -> Result<Response<pb::IssueResponse>, Status> {
         let caller = Caller::from_extensions(request.extensions())?;
+        let is_node = matches!(caller, Caller::Node { .. });
         let order = order(caller, request.into_inner())?;
         let issued = self.0.certifier.issue(order).await?;
         let authority = self.0.issuing.authority();
+        // A node has the others from its stream; a folder that is written once gets all there are.
+        let crls = match is_node {
+            true => self.0.publisher.messages_for(&issued.issuer_key_id, issued.shard),
+            false => self.0.publisher.messages(&[]),
+        };
         let certificate = self
             .0
             .directory
@@ -34,7 +41,7 @@ impl pb::certificates_server::Certificates for CertificatesService {
             leaf: issued.der.into(),
             issuers: vec![authority.issuing_der().to_vec().into()],
             roots: vec![authority.root_der().to_vec().into()],
-            crls: self.0.publisher.messages(),
+            crls,
             certificate,
         }))
     }
@@ -72,8 +79,10 @@ impl pb::certificates_server::Certificates for CertificatesService {
         Ok(Response::new(self.0.revoker.certificates(order, which, reason).await?))
     }
 
-    async fn crls(&self, _: Request<pb::Empty>) -> Result<Response<pb::CrlsResponse>, Status> {
-        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages() }))
+    async fn crls(&self, request: Request<pb::CrlsRequest>) -> Result<Response<pb::CrlsResponse>, Status> {
+        let have = request.into_inner().have;
+        check_crls(&have)?;
+        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages(&have) }))
     }
 }
 

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use mesh_core::world::CrlState;
 use mesh_core::{Command, UtcTime};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
@@ -52,7 +53,8 @@ impl Parts {
             .min()
             .unwrap_or(0);
         self.directory.read(|world| {
-            let crl = world.crl(&issuer, 0);
+            let newest = |crl: &&CrlState| (crl.this_update, crl.number);
+            let crl = world.crls().filter(|crl| crl.issuer_key_id == issuer).max_by_key(newest);
             pb::FleetStatus {
                 fleet: world.fleet().unwrap_or_default().to_owned(),
                 trust_domain: authority.domain().to_string(),

@@ -1,13 +1,13 @@
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use mesh_core::world::{Node, NodeState};
-use mesh_core::{Command, NodeId, UtcTime, World};
+use mesh_core::world::{CrlState, Node, NodeState};
+use mesh_core::{Command, KeyId, NodeId, UtcTime, World};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
-use crate::authority::CaRole;
 use crate::failpoint;
 use crate::gate::Connection;
 use crate::parts::Parts;
@@ -107,7 +107,7 @@ impl pb::nodes_server::Nodes for NodesService {
         if failpoint::LEAVE_ANSWER_SLOW.is_set() {
             tokio::time::sleep(std::time::Duration::from_secs(2)).await;
         }
-        self.0.publisher.ensure_covers(committed.seq).await?;
+        self.0.publisher.cover(committed.changes()).await?;
         self.0.presence.forget(*id);
         let detail = format!("node {name} has left the mesh");
         Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))
@@ -124,21 +124,25 @@ impl Parts {
     fn node(&self, world: &World, node: &Node, now: UtcTime) -> pb::Node {
         let message = node_message(world, node, &self.presence.of(node.id), now);
         let (cut_off_on, cut_off_of) = match node.state {
-            NodeState::Revoked { .. } => self.cut_off(world),
+            NodeState::Revoked { .. } => self.cut_off(world, node.id),
             _ => (0, 0),
         };
         pb::Node { cut_off_on, cut_off_of, ..message }
     }
 
-    /// On how many of the active nodes the newest CRL is: what it lists is cut off there.
-    fn cut_off(&self, world: &World) -> (u32, u32) {
-        let issuer = self.issuing.authority().issuer_key_id(CaRole::Issuing);
-        let number = world.last_crl_number(&issuer, 0);
+    /// On how many of the active nodes the newest CRLs of an ended node's certificates are: what they list is cut
+    /// off there.
+    fn cut_off(&self, world: &World, ended: NodeId) -> (u32, u32) {
+        let shards: BTreeSet<(KeyId, u16)> =
+            world.certificates_of(ended).map(|c| (c.issuer_key_id.clone(), c.shard)).collect();
+        let crls: Vec<_> = shards.iter().filter_map(|(issuer, shard)| world.crl(issuer, *shard)).collect();
         let active = world.nodes().filter(|node| node.state == NodeState::Active);
         let (mut on, mut of) = (0, 0);
         for node in active {
             of += 1;
-            on += u32::from(self.presence.of(node.id).has_crl(&issuer.0, 0, number));
+            let presence = self.presence.of(node.id);
+            let has = |crl: &&CrlState| presence.has_crl(&crl.issuer_key_id.0, crl.shard.into(), crl.number);
+            on += u32::from(crls.iter().all(has));
         }
         (on, of)
     }

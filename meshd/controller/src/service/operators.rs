@@ -79,7 +79,7 @@ impl pb::operators_server::Operators for OperatorsService {
         let committed = self.0.submit(&caller, operation, command).await?;
         // An operator who never logged in had no certificate: nothing for a CRL to say.
         if committed.changes().iter().any(|change| matches!(change, Change::CertificateRevoked { .. })) {
-            self.0.publisher.ensure_covers(committed.seq).await?;
+            self.0.publisher.cover(committed.changes()).await?;
         }
         let detail = format!("operator {name} is removed");
         Ok(Response::new(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false }))

@@ -8,7 +8,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use hyper_util::rt::TokioIo;
 use mesh_ca::{ControllerVerifier, Csr, LeafKey, PinnedControllerVerifier, TrustAnchors, TrustDomain};
-use mesh_controller::{Controller, Environment, InitConfig, RunConfig, StartupError, Unlock};
+use mesh_controller::{Controller, Environment, InitConfig, Publishing, RunConfig, StartupError, Unlock};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken, SystemClock};
 use mesh_store::Journal;
@@ -61,6 +61,7 @@ impl Mesh {
             name: "ctl-1".into(),
             fleet: "test".into(),
             advertise: vec![],
+            publish_url: None,
             ipv4_pool: "100.64.0.0/10".parse().unwrap(),
             unlock: Unlock::None,
             passphrase: None,
@@ -74,6 +75,8 @@ impl Mesh {
             socket: self.folder.path().join("controller.sock"),
             advertise: vec![],
             passphrase: None,
+            publish_listen: vec![],
+            publishing: Publishing::default(),
             announce: false,
         }
     }
@@ -82,8 +85,17 @@ impl Mesh {
         self.start_with(None).await
     }
 
+    /// Where `running` serves over plain HTTP.
+    pub(crate) fn web(&self) -> Vec<SocketAddr> {
+        let text = std::fs::read_to_string(self.state_dir().join("publish-listen")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    }
+
     pub(crate) async fn start_with(&self, journal: Option<Box<dyn Journal>>) -> Running {
-        let config = self.run_config();
+        self.start_config(self.run_config(), journal).await
+    }
+
+    pub(crate) async fn start_config(&self, config: RunConfig, journal: Option<Box<dyn Journal>>) -> Running {
         let socket = config.socket.clone();
         let environment = Environment { clock: Arc::clone(&self.clock), journal };
         let controller = Controller::build(config, environment).await.unwrap();

@@ -34,7 +34,7 @@ async fn a_restart_keeps_everything() {
     let open = running.plain_token().await;
     let crls = async |running: &Running| {
         let mut client = pb::certificates_client::CertificatesClient::new(running.local().await);
-        client.crls(pb::Empty {}).await.unwrap().into_inner().crls
+        client.crls(pb::CrlsRequest::default()).await.unwrap().into_inner().crls
     };
     let before = (log(&running, pb::AuditLogRequest::default()).await, crls(&running).await);
     running.stop().await.unwrap();

@@ -5,6 +5,7 @@ mod harness;
 mod journal;
 mod operators;
 mod posing;
+mod publishing;
 mod revocation;
 mod startup;
 mod sync;

@@ -78,7 +78,10 @@ async fn an_operator_logs_in_once_and_acts_within_the_role_until_removed() {
     assert_eq!(fleet_crl(&running).await, before + 1);
     let nobody = operators.remove(remove("nobody")).await.unwrap_err();
     assert_eq!(code(&nobody), ErrorCode::OperatorNotFound);
-    let gone = CertificatesClient::new(running.member(&olaf).await).crls(pb::Empty {}).await.unwrap_err();
+    let gone = CertificatesClient::new(running.member(&olaf).await)
+        .crls(pb::CrlsRequest::default())
+        .await
+        .unwrap_err();
     assert!(matches!(code(&gone), ErrorCode::IdentityRevoked | ErrorCode::IdentityUnknown), "{gone:?}");
     running.stop().await.unwrap();
 }

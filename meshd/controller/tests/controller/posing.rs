@@ -51,14 +51,17 @@ async fn a_service_pair_is_refused_on_every_node_call() {
             assert_eq!(code(&refused.unwrap()), ErrorCode::Denied, "{profile} {call}");
         }
         // What every member may do, it may.
-        pb::certificates_client::CertificatesClient::new(channel).crls(pb::Empty {}).await.unwrap();
+        pb::certificates_client::CertificatesClient::new(channel)
+            .crls(pb::CrlsRequest::default())
+            .await
+            .unwrap();
     }
     // A server's certificate is not even a client's.
     let server = running.service(&alpha, "s.alpha.mesh.internal", "server").await;
     let channel = running.try_connect(Some(&server)).await;
     if let Ok(channel) = channel {
         let mut client = pb::certificates_client::CertificatesClient::new(channel);
-        assert!(client.crls(pb::Empty {}).await.is_err());
+        assert!(client.crls(pb::CrlsRequest::default()).await.is_err());
     }
     running.stop().await.unwrap();
 }
@@ -270,7 +273,7 @@ async fn a_superseded_identity_ends_once_its_successor_is_proved() {
     let second = renew(&alpha).await;
     let crls = async |node: &Node| {
         let channel = running.member(&node.identity).await;
-        pb::certificates_client::CertificatesClient::new(channel).crls(pb::Empty {}).await
+        pb::certificates_client::CertificatesClient::new(channel).crls(pb::CrlsRequest::default()).await
     };
     // Old and new are both good until the new one has been used for the next renewal.
     crls(&alpha).await.unwrap();

@@ -2,8 +2,9 @@
 //!
 //! Shards are opened in groups that are never closed or moved; a certificate stays in the shard of its issuance. A group
 //! fixes the base of its addresses, so a changed base opens new shards and old certificates keep theirs. Shard 0 is that of
-//! certificates that name no CRL; a CRL without an address speaks for its whole issuer (RFC 5280 §5.2.5), so once
-//! other shards exist it lists their entries too.
+//! certificates that name no CRL; a CRL without an address speaks for its whole issuer (RFC 5280 §5.2.5), and verifiers take
+//! it for every certificate. So once other shards exist it lists their entries too, until the last certificate
+//! of shard 0 has ended.
 
 use serde::{Deserialize, Serialize};
 
@@ -104,10 +105,13 @@ impl World {
         entries
     }
 
-    /// Whether the newest CRL of a shard lists every revocation in that shard. Shard 0 follows those of the other shards when it
-    /// is signed anew: whoever has their CRLs too goes by those.
+    /// Whether the newest CRL of a shard lists every revocation that it speaks for.
     pub fn crl_is_complete(&self, issuer: &KeyId, shard: u16) -> bool {
-        let last = self.state.revoked_seq.get(issuer).and_then(|shards| shards.get(&shard));
+        let revoked = self.state.revoked_seq.get(issuer);
+        let last = match shard {
+            0 => revoked.and_then(|shards| shards.values().max()),
+            _ => revoked.and_then(|shards| shards.get(&shard)),
+        };
         match (self.crl(issuer, shard), last) {
             (Some(crl), Some(last)) => crl.covers_seq >= *last,
             (crl, None) => crl.is_some(),

@@ -115,9 +115,10 @@ fn a_revocation_makes_one_shard_incomplete() {
     mesh.ok(web.actor(), revoke(certificate.serial));
     let incomplete: Vec<u16> =
         (0..=4).filter(|shard| !mesh.world.crl_is_complete(&issuer(), *shard)).collect();
-    assert_eq!(incomplete, [certificate.shard]);
+    assert_eq!(incomplete, [0, certificate.shard], "and the one that speaks for the whole issuer");
     let seq = mesh.world.head_seq();
     mesh.crl_of(certificate.shard);
+    assert!(!mesh.world.crl_is_complete(&issuer(), 0));
     assert!(mesh.world.crl_is_complete(&issuer(), certificate.shard));
     let touched = mesh.world.touched_since(seq).unwrap();
     assert_eq!(touched.crls, BTreeSet::from([(issuer(), certificate.shard)]), "deltas stay small");
