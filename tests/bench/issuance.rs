@@ -208,7 +208,7 @@ async fn connect(address: SocketAddr, config: rustls::ClientConfig) -> Certifica
     let channel = rpc::channel(address, config).await.expect("the controller is there");
     let mut client = CertificatesClient::new(channel);
     // The first call pays for the connection.
-    client.crls(pb::Empty {}).await.expect("a node may have the CRLs");
+    client.crls(pb::CrlsRequest::default()).await.expect("a node may have the CRLs");
     client
 }
 
@@ -310,7 +310,7 @@ async fn unary_call(address: SocketAddr, configs: Vec<rustls::ClientConfig>, con
     for mut client in clients {
         tasks.spawn(async move {
             for _ in 0..EACH {
-                client.crls(pb::Empty {}).await.expect("a node may have the CRLs");
+                client.crls(pb::CrlsRequest::default()).await.expect("a node may have the CRLs");
             }
         });
     }
