@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod asn1;
 mod identity;
 mod instant;
 mod profile;
@@ -18,6 +19,7 @@ mod serial;
 
 mod key;
 mod keystore;
+mod pkcs12;
 mod private;
 mod seal;
 
@@ -27,7 +29,9 @@ mod pointers;
 mod template;
 mod wireguard;
 
+mod ceremony;
 mod hierarchy;
+mod import;
 mod issue;
 mod lint;
 
@@ -41,6 +45,7 @@ mod tls;
 
 pub mod bundle;
 
+pub use ceremony::{CEREMONY_BYTES_MAX, CeremonyError, IssuerRequest, SignedIssuer, sign_issuer};
 pub use chain::{
     CHAIN_LENGTH_MAX, CRLS_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified,
     verify_chain, verify_chain_expired_ok,
@@ -55,6 +60,7 @@ pub use hierarchy::{
     create_root, cross_sign,
 };
 pub use identity::{DnsName, Identity, Label, NameError, TrustDomain};
+pub use import::{ImportError, ImportedCa, check_ca, import_ca};
 pub use instant::CLOCK_SKEW_ALLOWANCE;
 pub use issue::{IssueError, IssuedCertificate, Issuer, SubjectKey, issue_leaf};
 pub use key::{KeyAlgorithm, KeyError, PublicKey, UnknownKeyAlgorithm};
@@ -67,6 +73,7 @@ pub use ocsp::{
     OcspResponder, OcspResponseError, OcspStatus, VerifiedOcspResponse, lint_ocsp_response,
     parse_ocsp_response,
 };
+pub use pkcs12::{PKCS12_BYTES_MAX, Pkcs12Contents, Pkcs12Error, read_pkcs12, write_pkcs12};
 pub use pointers::{CRL_SHARDS_MAX, HttpUrl, Pointers, PublishingPoints, URL_BYTES_MAX, UrlError};
 pub use private::LeafKey;
 pub use profile::{ExtraUsage, LEAF_LIFETIME_MAX, Profile, UnknownProfile, UnknownUsage};

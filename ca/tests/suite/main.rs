@@ -2,11 +2,13 @@
 
 mod authority;
 
+mod ceremony;
 mod chains;
 mod crls;
 mod csrs;
 mod hierarchy;
 mod hostile;
+mod imports;
 mod issuing;
 mod keys;
 mod lints;
