@@ -11,4 +11,5 @@ mod operations;
 mod outage;
 mod policy;
 mod revocation;
+mod rotation;
 mod services;

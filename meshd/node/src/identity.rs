@@ -32,12 +32,25 @@ const CLOCK_CHECK: Duration = Duration::from_secs(20);
 /// An order to rotate keys is carried out at most this often, until the controller takes it back.
 const ROTATION_PAUSE: Duration = Duration::from_secs(60);
 
+/// Which WireGuard keys the next certificate shall list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keys {
+    /// Those of the certificate before.
+    Keep,
+    /// A new one, and the newest one before.
+    Rotate,
+    /// The newest one alone: it is the only one in use.
+    Shed,
+}
+
 /// An identity with what its certificate says.
 pub(crate) struct Active {
     pub(crate) identity: Identity,
     pub(crate) serial: Vec<u8>,
     pub(crate) not_after: UtcDateTime,
     pub(crate) renews_at: UtcDateTime,
+    /// The newest public key.
+    pub(crate) wireguard_key: [u8; 32],
 }
 
 impl Active {
@@ -54,9 +67,12 @@ impl Active {
         if !agrees_with_leaf(&identity, &leaf)? {
             return Err(unbelievable("its certificate says something else".to_owned()));
         }
+        let newest = identity.wireguard_keys.first();
+        let newest = newest.ok_or_else(|| unbelievable("it has no WireGuard key".to_owned()))?;
         Ok(Self {
             serial: leaf.serial.as_bytes().to_vec(),
             not_after: leaf.chain_not_after,
+            wireguard_key: wireguard_key(newest)?.public().0,
             renews_at: renews_at(leaf.not_before, leaf.not_after, leaf.serial.as_bytes()),
             identity,
         })
@@ -136,6 +152,7 @@ impl Identities {
         self: Arc<Self>,
         mut channel: watch::Receiver<Option<Channel>>,
         mut own: watch::Receiver<pb::Own>,
+        mut settled_key: watch::Receiver<Option<[u8; 32]>>,
     ) {
         let mut retry = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
         let mut active = self.subscribe();
@@ -143,17 +160,23 @@ impl Identities {
         loop {
             let now = self.clock.now();
             let current = active.borrow_and_update().clone();
-            let rotate = own.borrow_and_update().rotate_keys
+            let asked = own.borrow_and_update().rotate_keys
                 && rotated.is_none_or(|at| at.elapsed() >= ROTATION_PAUSE);
-            let due = rotate || now >= current.renews_at;
+            let settled = *settled_key.borrow_and_update() == Some(current.wireguard_key);
+            let keys = match (settled, asked, current.identity.wireguard_keys.len() > 1) {
+                (true, true, _) => Keys::Rotate,
+                (true, false, true) => Keys::Shed,
+                _ => Keys::Keep,
+            };
+            let due = keys != Keys::Keep || now >= current.renews_at;
             let connected = channel.borrow_and_update().clone();
             // An expired identity is the uplink's: it may do nothing but Resume.
             if let (true, Some(channel), false) = (due, connected, current.has_expired(now)) {
-                match self.renew(&channel, rotate, false).await {
+                match self.renew(&channel, keys, false).await {
                     Ok(()) => {
                         retry.reset();
                         self.findings.clear("identity/renewal");
-                        rotated = rotate.then(tokio::time::Instant::now).or(rotated);
+                        rotated = (keys == Keys::Rotate).then(tokio::time::Instant::now).or(rotated);
                         continue;
                     }
                     Err(failure) => {
@@ -179,18 +202,19 @@ impl Identities {
                 changed = active.changed() => if changed.is_err() { return },
                 changed = channel.changed() => if changed.is_err() { return },
                 changed = own.changed() => if changed.is_err() { return },
+                changed = settled_key.changed() => if changed.is_err() { return },
             }
         }
     }
 
     /// Gets a new certificate for an expired one.
     pub(crate) async fn resume(&self, channel: &Channel) -> Result<(), Failure> {
-        self.renew(channel, false, true).await
+        self.renew(channel, Keys::Keep, true).await
     }
 
-    async fn renew(&self, channel: &Channel, rotate: bool, resume: bool) -> Result<(), Failure> {
+    async fn renew(&self, channel: &Channel, keys: Keys, resume: bool) -> Result<(), Failure> {
         let active = self.active();
-        let request = self.request(&active.identity, rotate)?;
+        let request = self.request(&active.identity, keys)?;
         let wireguard_public_keys = request
             .wireguard_keys
             .iter()
@@ -222,7 +246,7 @@ impl Identities {
     }
 
     /// The request that is on disk already, or a new one, on disk before it is sent.
-    fn request(&self, identity: &Identity, rotate: bool) -> Result<RenewalRequest, Failure> {
+    fn request(&self, identity: &Identity, keys: Keys) -> Result<RenewalRequest, Failure> {
         if let Some(stored) = self.state.renewal()? {
             return Ok(stored);
         }
@@ -230,10 +254,11 @@ impl Identities {
         let csr = Csr::create(&leaf_key(&tls_key)?)
             .map_err(|error| Failure::internal("cannot make a CSR", &error))?;
         let newest = identity.wireguard_keys.first().cloned();
-        let wireguard_keys = match rotate {
-            // Both stand in the certificate, so that peers that learn late are still understood as ours.
-            true => std::iter::once(new_wireguard_key()).chain(newest).collect(),
-            false => newest.into_iter().collect(),
+        let wireguard_keys = match keys {
+            // Both stand in the certificate: peers have sessions under the new one before the old one goes.
+            Keys::Rotate => std::iter::once(new_wireguard_key()).chain(newest).collect(),
+            Keys::Shed => newest.into_iter().collect(),
+            Keys::Keep => identity.wireguard_keys.clone(),
         };
         let request = RenewalRequest {
             operation_id: mesh_runtime::random_bytes(),

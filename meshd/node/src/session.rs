@@ -74,7 +74,11 @@ impl Running {
         let mut others = JoinSet::new();
         let network_task = tokio::spawn(worker.run());
         others.spawn(uplink_task.run());
-        others.spawn(identities.clone().keep_renewed(uplink.channel.clone(), network.own.clone()));
+        others.spawn(identities.clone().keep_renewed(
+            uplink.channel.clone(),
+            network.own.clone(),
+            network.settled_key.clone(),
+        ));
         others.spawn(follow_identity(identities.clone(), network.clone()));
         others.spawn(manager.run());
         let session = Arc::new(Session { identities, network, uplink, pairs });

@@ -88,6 +88,8 @@ pub(crate) struct NetworkHandle {
     /// Where this node can be reached.
     pub(crate) endpoints: watch::Receiver<Vec<pb::Endpoint>>,
     pub(crate) receipt: watch::Receiver<Receipt>,
+    /// The WireGuard key in sole use: the one of the tunnel when no change of keys is under way.
+    pub(crate) settled_key: watch::Receiver<Option<[u8; 32]>>,
 }
 
 /// The ends of [`NetworkHandle`] that the worker holds.
@@ -97,6 +99,7 @@ pub(crate) struct Outlets {
     pub(crate) crls: watch::Sender<Arc<Vec<pb::Crl>>>,
     pub(crate) endpoints: watch::Sender<Vec<pb::Endpoint>>,
     pub(crate) receipt: watch::Sender<Receipt>,
+    pub(crate) settled_key: watch::Sender<Option<[u8; 32]>>,
 }
 
 fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
@@ -107,6 +110,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         crls: watch::Sender::new(Arc::default()),
         endpoints: watch::Sender::new(Vec::new()),
         receipt: watch::Sender::new(Receipt::default()),
+        settled_key: watch::Sender::new(None),
     };
     let handle = NetworkHandle {
         commands,
@@ -115,6 +119,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         crls: outlets.crls.subscribe(),
         endpoints: outlets.endpoints.subscribe(),
         receipt: outlets.receipt.subscribe(),
+        settled_key: outlets.settled_key.subscribe(),
     };
     (handle, inbox, outlets)
 }

@@ -5,6 +5,7 @@ mod moves;
 mod paths;
 mod reconcile;
 mod report;
+mod rotation;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
 use reconcile::apply_firewall;
+use rotation::{OwnChange, PeerKeys};
 
 use super::lease::Leases;
 use super::overlay;
@@ -81,6 +83,10 @@ pub(crate) struct Worker {
     current: BTreeMap<u32, Peer>,
     /// Their ids by WireGuard key.
     ids: BTreeMap<[u8; 32], u32>,
+    /// Under which of their keys they are in the tunnel, by id.
+    keys: BTreeMap<u32, PeerKeys>,
+    /// Our own change of keys, while both are in use.
+    own_change: Option<OwnChange>,
     /// The table as it was last applied.
     firewall: Option<Firewall>,
     /// What the kernel then had.
@@ -168,6 +174,8 @@ impl Worker {
             leases: Leases::default(),
             current: BTreeMap::new(),
             ids: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            own_change: None,
             firewall,
             mark,
             touched_until: None,
@@ -183,6 +191,7 @@ impl Worker {
             events,
         };
         worker.publish_receipt();
+        worker.tell_settled();
         worker.refresh_endpoints().await;
         worker.reconcile().await;
         Ok((handle, worker))
@@ -198,6 +207,7 @@ impl Worker {
         tick.reset();
         loop {
             self.act();
+            self.advance_own_change();
             let wake = self.wake();
             tokio::select! {
                 command = self.inbox.recv() => match command {
@@ -263,32 +273,11 @@ impl Worker {
         }
     }
 
-    fn rekey(&mut self, active: &Active) {
-        let keys = match place_of(&active.identity) {
-            Ok(place) => place.wireguard_keys,
-            Err(failure) => {
-                return self.findings.raise_failure("identity/keys", "this node's keys", &failure);
-            }
-        };
-        self.place.wireguard_keys = keys;
-        let Ok(private_key) = wireguard_key(&active.identity.wireguard_keys[0]) else { return };
-        if private_key.public() == self.tunnel.public_key() {
-            return;
-        }
-        match self.tunnel.rotate_key(private_key) {
-            Ok(()) => tracing::info!(key = %self.tunnel.public_key(), "WireGuard key rotated"),
-            Err(error) => {
-                let failure = overlay::tunnel_failure(error);
-                self.findings.raise_failure("identity/keys", "this node's keys", &failure);
-            }
-        }
-    }
-
     fn wake(&self) -> Instant {
         let now = self.clock.own().now();
         let lease = self.next_lease.map(|at| now + at.saturating_sub(self.clock.since_boot()));
         let path = self.table.poll_timeout();
-        [lease, path, self.ways.poll_timeout()]
+        [lease, path, self.ways.poll_timeout(), self.own_change_timeout()]
             .into_iter()
             .flatten()
             .min()

@@ -32,6 +32,9 @@ impl Worker {
         let now = self.clock.own().now();
         match event {
             TunnelEvent::HandshakeDone { peer } => {
+                if let Some(id) = self.id_of(&peer) {
+                    self.peer_changes_over(id, peer);
+                }
                 // Where the tunnel sends to; had it been elsewhere, an event of its own would say so.
                 if let Some(id) = self.id_of(&peer)
                     && let Some(endpoint) = self.table.endpoint(id)
@@ -45,8 +48,10 @@ impl Worker {
                     self.told_changed = true;
                 }
             }
+            // An old key falls silent when its owner has dropped it, a new one is silent until its owner has it.
             TunnelEvent::PeerSilent { peer } => {
-                if let Some(id) = self.id_of(&peer) {
+                let in_use = |id: &NodeId| self.keys.get(&id.0).is_some_and(|keys| keys.in_use == peer.0);
+                if let Some(id) = self.id_of(&peer).filter(in_use) {
                     self.table.handle_no_reply(id, now);
                 }
             }
@@ -62,12 +67,15 @@ impl Worker {
     pub(super) fn act(&mut self) {
         while let Some(action) = self.table.poll_action() {
             let (Action::SetEndpoint { peer, .. } | Action::Handshake { peer }) = action;
-            let Some(peer) = self.current.get(&peer.0) else { continue };
-            let key = PublicKey(peer.wireguard_key());
+            let Some(keys) = self.keys.get(&peer.0) else { continue };
             match action {
-                Action::SetEndpoint { endpoint, .. } => self.tunnel.set_endpoint(&key, endpoint),
-                Action::Handshake { .. } => self.tunnel.initiate_handshake(&key),
-            };
+                Action::SetEndpoint { endpoint, .. } => keys.all().for_each(|key| {
+                    self.tunnel.set_endpoint(&PublicKey(key), endpoint);
+                }),
+                Action::Handshake { .. } => {
+                    self.tunnel.initiate_handshake(&PublicKey(keys.in_use));
+                }
+            }
         }
     }
 

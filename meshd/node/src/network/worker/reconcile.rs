@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use mesh_core::NodeId;
 use mesh_tunnel::{PeerConfig, PublicKey};
 
+use super::rotation::{KeyStep, PeerKeys};
 use super::{KEEPALIVE, Worker, empty_firewall};
 use crate::failpoint;
 use crate::failure::Failure;
@@ -153,19 +154,64 @@ impl Worker {
     }
 
     fn cut_off(&mut self, wanted: &BTreeMap<u32, Peer>) {
-        let gone: Vec<(u32, [u8; 32], String)> = self
-            .current
+        let steps: Vec<(u32, PeerKeys, Option<KeyStep>)> = self
+            .keys
             .iter()
-            .filter(|(id, peer)| {
-                wanted.get(id).is_none_or(|wanted| wanted.wireguard_key() != peer.wireguard_key())
-            })
-            .map(|(id, peer)| (*id, peer.wireguard_key(), peer.leaf.name.clone()))
+            .map(|(id, keys)| (*id, *keys, wanted.get(id).map(|peer| keys.step(&peer.leaf.wireguard_keys))))
             .collect();
-        for (id, key, name) in gone {
-            self.tunnel.remove_peer(&PublicKey(key));
-            self.current.remove(&id);
-            self.ids.remove(&key);
-            tracing::info!(peer = name, "peer cut off");
+        for (id, keys, step) in steps {
+            match step {
+                None | Some(KeyStep::Replace) => self.forget_peer(id, keys),
+                Some(KeyStep::Remove(key)) => {
+                    tracing::info!(key = %PublicKey(key), "a peer's other WireGuard key is gone");
+                    self.forget_key(key);
+                    self.keys.insert(id, PeerKeys::of(keys.in_use));
+                }
+                Some(KeyStep::Finish(newer)) => {
+                    match self.tunnel.hand_over(&PublicKey(keys.in_use), &PublicKey(newer)) {
+                        Ok(()) => {
+                            self.forget_key(keys.in_use);
+                            self.keys.insert(id, PeerKeys::of(newer));
+                        }
+                        // Let in anew, with its addresses, a moment later.
+                        Err(error) => {
+                            tracing::warn!(%error, "addresses do not move to the new key");
+                            self.forget_peer(id, keys);
+                        }
+                    }
+                }
+                // Newcomers come last.
+                Some(KeyStep::Add(_) | KeyStep::Stay) => {}
+            }
+        }
+    }
+
+    fn forget_peer(&mut self, id: u32, keys: PeerKeys) {
+        keys.all().for_each(|key| self.forget_key(key));
+        self.keys.remove(&id);
+        if let Some(peer) = self.current.remove(&id) {
+            tracing::info!(peer = peer.leaf.name, "peer cut off");
+        }
+    }
+
+    fn forget_key(&mut self, key: [u8; 32]) {
+        self.tunnel.remove_peer(&PublicKey(key));
+        self.ids.remove(&key);
+    }
+
+    /// Lets a peer reach us under its newer key as well. Its addresses follow once there is a session.
+    fn add_key(&mut self, id: u32, peer: &Peer, newer: [u8; 32]) {
+        let config =
+            PeerConfig { allowed_ips: Vec::new(), ..peer_config(peer, self.table.endpoint(NodeId(id))) };
+        let Some(keys) = self.keys.get_mut(&id) else { return };
+        match self.tunnel.set_peer(config) {
+            Ok(()) => {
+                tracing::debug!(peer = peer.leaf.name, "a second key of a peer");
+                keys.beside = Some(newer);
+                self.ids.insert(newer, id);
+            }
+            // Tried again whenever the map is looked at; until then the old key carries everything.
+            Err(error) => tracing::warn!(peer = peer.leaf.name, %error, "no second key"),
         }
     }
 
@@ -188,6 +234,7 @@ impl Worker {
                 }
                 tracing::info!(peer = peer.leaf.name, ipv4 = %peer.leaf.ipv4, "peer let in");
                 self.ids.insert(peer.wireguard_key(), id);
+                self.keys.insert(id, PeerKeys::of(peer.wireguard_key()));
                 match known {
                     Some(_) => self.table.handle_no_reply(NodeId(id), now),
                     None => {
@@ -195,6 +242,10 @@ impl Worker {
                         self.table.handle_candidates(NodeId(id), &told, now);
                     }
                 }
+            }
+            let step = self.keys.get(&id).map(|keys| keys.step(&peer.leaf.wireguard_keys));
+            if let Some(KeyStep::Add(newer)) = step {
+                self.add_key(id, &peer, newer);
             }
             self.current.insert(id, peer);
         }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use mesh_tunnel::PeerStats;
+
 use super::Worker;
 use crate::network::backend::{backend_line, backend_name, offloads};
 use crate::network::{Inspection, Knowledge, NetworkStatus, PeerView, overlay};
@@ -17,11 +19,20 @@ impl Worker {
     }
 
     pub(super) fn status(&self) -> NetworkStatus {
-        let stats: BTreeMap<[u8; 32], _> =
-            self.tunnel.peers().into_iter().map(|stats| (stats.public_key.0, stats)).collect();
+        let mut stats: BTreeMap<[u8; 32], PeerStats> = BTreeMap::new();
+        // While we change our key each peer is there twice, and while it changes its own, twice again.
+        for next in self.tunnel.peers().into_iter().chain(self.tunnel.peers_of_next_key()) {
+            stats.entry(next.public_key.0).and_modify(|known| add(known, &next)).or_insert(next);
+        }
         let peers = self.current.iter().map(|(id, peer)| {
-            let key = peer.wireguard_key();
-            let stats = stats.get(&key);
+            let keys = self.keys.get(id);
+            let key = keys.map_or(peer.wireguard_key(), |keys| keys.in_use);
+            let mut merged = stats.get(&key).cloned();
+            let beside = keys.and_then(|keys| keys.beside).and_then(|key| stats.get(&key));
+            if let (Some(merged), Some(beside)) = (&mut merged, beside) {
+                add(merged, beside);
+            }
+            let stats = merged.as_ref();
             PeerView {
                 name: peer.leaf.name.clone(),
                 ipv4: peer.leaf.ipv4,
@@ -59,4 +70,17 @@ impl Worker {
         let overlay = overlay::missing(&self.host, self.tunnel.name(), &self.place, &self.findings).await;
         Inspection { firewall, overlay: overlay.unwrap_or_else(|error| vec![mesh_runtime::chain(&error)]) }
     }
+}
+
+/// Sums up one peer that stands in the tunnel under two pairs of keys.
+fn add(known: &mut PeerStats, other: &PeerStats) {
+    known.last_handshake = match (known.last_handshake, other.last_handshake) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
+    known.has_session |= other.has_session;
+    known.endpoint = known.endpoint.or(other.endpoint);
+    known.rtt = known.rtt.or(other.rtt);
+    known.rx_bytes += other.rx_bytes;
+    known.tx_bytes += other.tx_bytes;
 }
