@@ -44,9 +44,12 @@ impl Caller {
         use CommandKind as K;
         match kind {
             K::CreateMesh => matches!(self, Caller::LocalRoot | Caller::Controller),
-            K::CertifyController | K::RecordCrl | K::OpenCrlShards | K::RecordDenials | K::HoldClock => {
-                self == Caller::Controller
-            }
+            K::CertifyController
+            | K::CertifyResponder
+            | K::RecordCrl
+            | K::OpenCrlShards
+            | K::RecordDenials
+            | K::HoldClock => self == Caller::Controller,
             K::RequestEnrollment | K::Enroll | K::LoginOperator => self == Caller::Token,
             K::RenewIdentity | K::ResumeIdentity | K::LeaveNode => self == Caller::Node,
             K::CreateToken | K::RevokeToken | K::ApproveNode => self.rank() >= ENROLLER,
@@ -84,6 +87,7 @@ mod tests {
         let table = [
             (CommandKind::CreateMesh, "xx......"),
             (CommandKind::CertifyController, ".x......"),
+            (CommandKind::CertifyResponder, ".x......"),
             (CommandKind::CreateToken, "x...xxx."),
             (CommandKind::RevokeToken, "x...xxx."),
             (CommandKind::RequestEnrollment, "...x...."),

@@ -14,6 +14,8 @@ use crate::time::UtcTime;
 pub const PROFILE_NODE: &str = "node";
 /// Profile of the controller's identity.
 pub const PROFILE_CONTROLLER: &str = "controller";
+/// Profile of a delegate that signs OCSP responses; no identity.
+pub const PROFILE_OCSP: &str = "ocsp";
 /// Profile of an operator's identity.
 pub const PROFILE_OPERATOR: &str = "operator";
 /// Profile of a service that only calls others; the one that may carry no name.

@@ -43,6 +43,10 @@ pub enum Change {
     ControllerCertified {
         certificate: CertificateRecord,
     },
+    /// A delegate of an issuing authority signs OCSP responses from now on.
+    ResponderCertified {
+        certificate: CertificateRecord,
+    },
     TokenCreated {
         token: Token,
     },
@@ -192,9 +196,9 @@ impl Change {
             Change::MeshCreated { mesh } => {
                 format!("fleet {} created, domain {}, addresses {}", mesh.fleet, mesh.domain, mesh.ipv4_pool)
             }
-            Change::ControllerCertified { certificate } | Change::CertificateIssued { certificate } => {
-                describe(certificate)
-            }
+            Change::ControllerCertified { certificate }
+            | Change::ResponderCertified { certificate }
+            | Change::CertificateIssued { certificate } => describe(certificate),
             Change::TokenCreated { token } => describe_token(token),
             Change::TokenUsed { id, used } => format!("token {id} used, {used} in all"),
             Change::TokenRevoked { id } => format!("token {id} void"),

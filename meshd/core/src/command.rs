@@ -138,6 +138,10 @@ pub enum Command {
     RecordControllerCertificate {
         certificate: CertificateRecord,
     },
+    /// A delegate for OCSP, made in this process.
+    RecordResponder {
+        certificate: CertificateRecord,
+    },
     CreateToken {
         id: TokenId,
         secret_hash: [u8; 32],
@@ -268,6 +272,7 @@ macro_rules! kinds {
 kinds! {
     CreateMesh = "mesh.create",
     CertifyController = "controller.certify",
+    CertifyResponder = "ocsp.certify",
     CreateToken = "token.create",
     RevokeToken = "token.revoke",
     RequestEnrollment = "node.request",
@@ -304,6 +309,7 @@ impl Command {
         match self {
             Command::CreateMesh { .. } => CommandKind::CreateMesh,
             Command::RecordControllerCertificate { .. } => CommandKind::CertifyController,
+            Command::RecordResponder { .. } => CommandKind::CertifyResponder,
             Command::CreateToken { .. } => CommandKind::CreateToken,
             Command::RevokeToken { .. } => CommandKind::RevokeToken,
             Command::RequestEnrollment { .. } => CommandKind::RequestEnrollment,

@@ -54,6 +54,7 @@ impl World {
                 self.add_certificate(moment, certificate);
                 self.state.controller = Some(certificate.serial);
             }
+            Change::ResponderCertified { certificate } => self.add_certificate(moment, certificate),
             Change::TokenCreated { token } => {
                 self.state.tokens.insert(token.id, token.clone());
             }
@@ -171,6 +172,7 @@ impl World {
             }
             Change::MeshCreated { .. }
             | Change::ControllerCertified { .. }
+            | Change::ResponderCertified { .. }
             | Change::TokenCreated { .. }
             | Change::TokenUsed { .. }
             | Change::TokenRevoked { .. }
@@ -366,6 +368,7 @@ fn outcome(changes: &[Change]) -> Outcome {
         Change::NodeEnrolled { id, .. } | Change::NodeRequested { id, .. } => Some(Outcome::Node(*id)),
         Change::IdentityRenewed { certificate, .. }
         | Change::CertificateIssued { certificate }
+        | Change::ResponderCertified { certificate }
         | Change::ControllerCertified { certificate } => Some(Outcome::Certificate(certificate.serial)),
         Change::TokenCreated { token } => Some(Outcome::Token(token.id)),
         _ => None,

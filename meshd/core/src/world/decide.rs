@@ -77,6 +77,7 @@ impl World {
             Command::RecordControllerCertificate { certificate } => {
                 self.decide_controller_certificate(now, certificate)
             }
+            Command::RecordResponder { certificate } => self.decide_responder(now, certificate),
             Command::CreateToken { .. } => self.decide_create_token(now, actor, command),
             Command::RevokeToken { id } => self.decide_revoke_token(id),
             Command::RequestEnrollment { .. } => self.decide_request_enrollment(now, actor, command),
@@ -275,6 +276,7 @@ const fn depends_on_time(kind: CommandKind) -> bool {
     use CommandKind as K;
     match kind {
         K::CertifyController
+        | K::CertifyResponder
         | K::CreateToken
         | K::RequestEnrollment
         | K::Enroll

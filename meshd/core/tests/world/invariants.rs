@@ -141,6 +141,7 @@ impl Machine {
             22 => (root, Command::RemoveOperator { name: OPERATORS[usize::from(a) % 3].try_into().unwrap() }),
             23 => self.login(a, b)?,
             24 if a.is_multiple_of(16) => (Actor::Controller, open_shards(a, b)),
+            24 if a.is_multiple_of(5) => (Actor::Controller, self.responder()),
             24 => (Actor::Controller, self.crl(a)),
             _ if a.is_multiple_of(16) => (Actor::Controller, Command::HoldClock),
             _ => (root, Command::ConfirmClock),
@@ -252,6 +253,12 @@ impl Machine {
         Some((Actor::Token { id: token }, Command::LoginOperator { token, certificate }))
     }
 
+    fn responder(&mut self) -> Command {
+        let serial = Serial(self.mesh.bytes());
+        let owner = Owner::Controller { name: "ctl-1".to_owned() };
+        Command::RecordResponder { certificate: self.mesh.certificate(owner, "ocsp", serial) }
+    }
+
     fn crl(&self, a: u8) -> Command {
         let shards = self.mesh.world.crl_shards(&issuer());
         let shard = shards[usize::from(a) % shards.len()];
@@ -350,10 +357,12 @@ fn may(world: &World, at: UtcTime, request: &Request) -> bool {
         |serial: &Serial| world.certificate(serial).is_some_and(|c| c.revoked.is_none() && at < c.not_after);
     match actor {
         Actor::Controller => {
-            ["controller.certify", "crl.issue", "crl.open", "denials.record", "clock.hold"].contains(&action)
+            ["controller.certify", "ocsp.certify", "crl.issue", "crl.open", "denials.record", "clock.hold"]
+                .contains(&action)
         }
         Actor::LocalRoot => ![
             "controller.certify",
+            "ocsp.certify",
             "crl.issue",
             "crl.open",
             "denials.record",

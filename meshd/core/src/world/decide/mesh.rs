@@ -1,7 +1,7 @@
 //! Creation, the controller's certificate, policy, CRLs, denials.
 
 use super::{At, Decided, Decision};
-use crate::certificate::{CertificateRecord, Owner, PROFILE_CONTROLLER};
+use crate::certificate::{CertificateRecord, Owner, PROFILE_CONTROLLER, PROFILE_OCSP};
 use crate::change::Change;
 use crate::command::{Command, Denial};
 use crate::limits::{
@@ -60,6 +60,18 @@ impl World {
         }
         self.check_key(certificate.key_hash, |user| *user == owner)?;
         Ok(Decision::Changes(vec![Change::ControllerCertified { certificate: certificate.clone() }]))
+    }
+
+    pub(super) fn decide_responder(&self, now: At<'_>, certificate: &CertificateRecord) -> Decided {
+        self.check_certificate(now, certificate)?;
+        let owner = Owner::Controller { name: now.mesh.controller_name.clone() };
+        let bare = certificate.names.is_empty() && certificate.ips.is_empty();
+        if certificate.owner != owner || certificate.profile != PROFILE_OCSP || !bare {
+            return Err(Refusal::CertificateMismatch { what: "it is not an OCSP responder's" });
+        }
+        // Its key signs responses and nothing else.
+        self.check_key(certificate.key_hash, |_| false)?;
+        Ok(Decision::Changes(vec![Change::ResponderCertified { certificate: certificate.clone() }]))
     }
 
     pub(super) fn decide_policy(&self, toml: &str) -> Decided {
