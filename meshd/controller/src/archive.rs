@@ -72,6 +72,7 @@ impl Archive {
 pub(crate) fn issued(change: Change) -> Option<CertificateRecord> {
     match change {
         Change::ControllerCertified { certificate }
+        | Change::ResponderCertified { certificate }
         | Change::NodeEnrolled { certificate, .. }
         | Change::IdentityRenewed { certificate, .. }
         | Change::CertificateIssued { certificate } => Some(certificate),

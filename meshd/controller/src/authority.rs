@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use mesh_ca::{
-    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafTemplate,
-    MemoryKeyStore, NameError, Profile, PublishingPoints, RevokedEntry, SerialNumber, SubjectKey,
-    TrustDomain, UrlError,
+    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafKey, LeafTemplate,
+    MemoryKeyStore, NameError, OcspError, OcspResponder, OcspStatus, Profile, PublishingPoints, RevokedEntry,
+    SerialNumber, SubjectKey, TrustDomain, UrlError,
 };
 use mesh_core::world::Place;
 use mesh_core::{CaRecord, CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
@@ -268,7 +268,6 @@ impl Authority {
             let points = points(base).map_err(IssueProblem::Pointers)?;
             let issuer = self.issuing.key_identifier();
             template.pointers = points.leaf(issuer, place.shard).map_err(IssueProblem::Pointers)?;
-            template.pointers.ocsp = None;
         }
         let issued = mesh_ca::issue_leaf(&self.issuing, &self.store, key, &template, serial)
             .map_err(IssueProblem::Issue)?;
@@ -286,6 +285,37 @@ impl Authority {
             issuer_key_id: mesh_core::KeyId(issued.issuer_key_id.as_bytes().to_vec()),
             der: issued.der,
         })
+    }
+
+    /// Certifies a new key as the delegate of an issuing CA for OCSP. Blocks.
+    pub(crate) fn certify_responder(
+        &self,
+        issuer: &mesh_core::KeyId,
+        owner: Owner,
+        (serial, place): (SerialNumber, &Place),
+        now: UtcDateTime,
+    ) -> Result<(OcspResponder, CertificateRecord), OcspError> {
+        let role = self.role_of(issuer).ok_or(OcspError::Issuer)?;
+        let key = LeafKey::generate().map_err(|_| OcspError::Sign)?;
+        let key_hash = KeyHash(key.key_hash());
+        let responder = OcspResponder::issue(self.ca(role), &self.store, key, serial, now)?;
+        let der = responder.certificate_der().to_vec();
+        let facts = CaFacts::read(&der).ok_or(OcspError::NotResponder)?;
+        let record = CertificateRecord {
+            serial: Serial(*serial.as_bytes()),
+            key_hash,
+            owner,
+            profile: mesh_core::certificate::PROFILE_OCSP.to_owned(),
+            names: Vec::new(),
+            ips: Vec::new(),
+            pair_name: String::new(),
+            shard: place.shard,
+            not_before: facts.not_before.into(),
+            not_after: facts.not_after.into(),
+            issuer_key_id: issuer.clone(),
+            der,
+        };
+        Ok((responder, record))
     }
 
     /// The CAs whose CRLs are published, issuing ones first.
@@ -377,6 +407,14 @@ fn points(base: &str) -> Result<PublishingPoints, UrlError> {
 /// A name as one label of a SPIFFE ID.
 pub(crate) fn label(text: &str) -> Result<Label, NameError> {
     Label::parse(text)
+}
+
+/// A revocation as OCSP tells it: the same time and reason as on the CRL.
+pub(crate) fn ocsp_status(revoked: Option<mesh_core::Revocation>) -> OcspStatus {
+    let Some(revoked) = revoked else { return OcspStatus::Good };
+    let reason = mesh_ca::RevocationReason::from_code(revoked.reason.code());
+    let reason = reason.unwrap_or(mesh_ca::RevocationReason::Unspecified);
+    OcspStatus::Revoked { at: revoked.at.into(), reason }
 }
 
 pub(crate) fn crl_entry(serial: Serial, at: UtcTime, reason: Reason) -> Option<RevokedEntry> {

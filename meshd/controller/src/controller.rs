@@ -31,6 +31,7 @@ use crate::init::{check_advertised, check_publish_url};
 use crate::issuer::Issuing;
 use crate::limits::{ANSWER_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::listener::{Server, bind_tcp, bind_unix};
+use crate::ocsp::Ocsp;
 use crate::own_certificate::OwnCertificate;
 use crate::parts::Parts;
 use crate::presence::Presence;
@@ -157,6 +158,15 @@ impl Controller {
         )
         .await
         .map_err(|problem| startup(&state, "cannot issue the controller's certificate", problem))?;
+        let ocsp = Arc::new(Ocsp::new(
+            Arc::clone(&directory),
+            writer.clone(),
+            issuing.clone(),
+            (Arc::clone(&clock), mesh.controller_name.clone()),
+        ));
+        ocsp.refresh()
+            .await
+            .map_err(|problem| startup(&state, "cannot certify an OCSP delegate", problem))?;
         publisher.start().await.map_err(|problem| startup(&state, "cannot publish CRLs", problem))?;
 
         let anchors = TrustAnchors::new(domain.clone(), [authority.root_der()])
@@ -243,12 +253,14 @@ impl Controller {
             history,
             presence,
             publisher,
+            ocsp,
             denials,
             clock,
         });
         let web = WebParts::new(
             Arc::clone(&parts.directory),
             Arc::clone(&parts.publisher),
+            Arc::clone(&parts.ocsp),
             Arc::clone(&parts.clock),
         );
         let web = Web::new(web, stop.clone());
@@ -332,6 +344,10 @@ impl Controller {
         {
             let (publisher, stop) = (Arc::clone(&parts.publisher), stop.clone());
             tasks.spawn(async move { publisher.run(stop).await });
+        }
+        {
+            let (ocsp, stop) = (Arc::clone(&parts.ocsp), stop.clone());
+            tasks.spawn(async move { ocsp.run(stop).await });
         }
         {
             let (own, stop) = (Arc::clone(&own), stop.clone());

@@ -8,9 +8,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mesh_ca::{Csr, CsrError, LeafKey, RequestedNames, SerialNumber, SubjectKey, VerifiedCsr};
+use mesh_ca::{Csr, CsrError, LeafKey, OcspResponder, RequestedNames, SerialNumber, SubjectKey, VerifiedCsr};
 use mesh_core::world::Place;
-use mesh_core::{CertificateRecord, Serial};
+use mesh_core::{CertificateRecord, KeyId, Owner, Serial};
 use mesh_proto::v1::ErrorCode;
 use mesh_runtime::SharedClock;
 use tokio::sync::Semaphore;
@@ -88,11 +88,30 @@ impl Issuing {
         .await
     }
 
+    /// Certifies a delegate for OCSP. Nothing is recorded yet.
+    pub(crate) async fn certify_responder(
+        &self,
+        issuer: KeyId,
+        owner: Owner,
+    ) -> Result<(OcspResponder, CertificateRecord), Problem> {
+        let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
+        let (serial, place) = self.draw_place_of(&issuer);
+        self.on_pool(move || {
+            authority
+                .certify_responder(&issuer, owner, (serial, &place), now)
+                .map_err(|error| Problem::internal_error("cannot certify an OCSP delegate", &error))
+        })
+        .await
+    }
+
     /// A new serial and the CRL shard that it chooses.
     fn draw_place(&self) -> (SerialNumber, Place) {
+        self.draw_place_of(&self.authority.issuer_key_id(CaRole::Issuing))
+    }
+
+    fn draw_place_of(&self, issuer: &KeyId) -> (SerialNumber, Place) {
         let serial = draw_serial();
-        let issuer = self.authority.issuer_key_id(CaRole::Issuing);
-        let place = self.directory.read(|world| world.place_for(&issuer, &Serial(*serial.as_bytes())));
+        let place = self.directory.read(|world| world.place_for(issuer, &Serial(*serial.as_bytes())));
         (serial, place)
     }
 

@@ -22,6 +22,7 @@ mod writer;
 
 mod authority;
 mod issuer;
+mod ocsp;
 mod own_certificate;
 mod publish;
 mod web;

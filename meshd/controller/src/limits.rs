@@ -49,6 +49,13 @@ pub(crate) const WEB_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const WEB_HEADER_BYTES_MAX: usize = 16 * 1024;
 pub(crate) const WEB_HEADERS_MAX: usize = 64;
 
+/// Signed OCSP responses that are kept, some 1.2 kB each.
+pub(crate) const OCSP_CACHE_MAX: usize = 32_768;
+/// OCSP responses being signed at one time: whoever floods with nonces gets one core at most.
+pub(crate) const OCSP_SIGNERS_MAX: usize = 1;
+/// Serials whose OCSP responses a node asks for at once.
+pub(crate) const OCSP_SERIALS_MAX: usize = 512;
+
 /// Octets of a CSR in DER.
 pub(crate) const CSR_BYTES_MAX: usize = 16 * 1024;
 /// Names and addresses asked for in one certificate.

@@ -12,6 +12,7 @@ use crate::directory::Directory;
 use crate::enroll::Enroller;
 use crate::history::History;
 use crate::issuer::Issuing;
+use crate::ocsp::Ocsp;
 use crate::presence::Presence;
 use crate::publish::Publisher;
 use crate::renew::Renewer;
@@ -29,6 +30,7 @@ pub(crate) struct Parts {
     pub(crate) history: History,
     pub(crate) presence: Arc<Presence>,
     pub(crate) publisher: Arc<Publisher>,
+    pub(crate) ocsp: Arc<Ocsp>,
     pub(crate) denials: Denials,
     pub(crate) clock: SharedClock,
 

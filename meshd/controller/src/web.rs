@@ -1,4 +1,4 @@
-//! What certificates point to, over plain HTTP: CRLs and CA certificates, and nothing else.
+//! What certificates point to, over plain HTTP: CRLs, CA certificates and OCSP, and nothing else.
 //!
 //! Everything here is signed and public, so it needs no TLS; a client that checks a certificate could not
 //! check the one of a TLS server at the same time (RFC 5280 §8). There is no directory, no upload, no redirect.
@@ -13,11 +13,12 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use mesh_ca::OcspQuery;
 use mesh_core::{KeyId, UtcTime};
 use mesh_runtime::{Backoff, SharedClock, ShutdownToken};
 use sha2::{Digest as _, Sha256};
@@ -31,13 +32,17 @@ use crate::limits::{
     WEB_CONNECTION_AGE_MAX, WEB_CONNECTIONS_MAX, WEB_CONNECTIONS_PER_ADDRESS_MAX, WEB_HEADER_BYTES_MAX,
     WEB_HEADER_TIMEOUT, WEB_HEADERS_MAX,
 };
+use crate::ocsp::Ocsp;
 use crate::publish::Publisher;
 
 /// RFC 5280 §4.2.1.13, RFC 2585 §4.
 const CRL_TYPE: &str = "application/pkix-crl";
 /// RFC 5280 §4.2.2.1, RFC 2585 §4.
 const CERTIFICATE_TYPE: &str = "application/pkix-cert";
-/// How long a cache may keep a CRL: a revocation is not seen any later behind one.
+/// RFC 6960 §C.1, §C.2.
+const OCSP_REQUEST_TYPE: &str = "application/ocsp-request";
+const OCSP_RESPONSE_TYPE: &str = "application/ocsp-response";
+/// How long a cache may keep a CRL or an OCSP response: a revocation is not seen any later behind one.
 const CRL_AGE_MAX: Duration = Duration::from_secs(600);
 /// How long a cache may keep a CA's certificate.
 const CERTIFICATE_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -68,12 +73,18 @@ pub(crate) struct WebParts {
     pub(crate) directory: Arc<Directory>,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) clock: SharedClock,
+    pub(crate) ocsp: Arc<Ocsp>,
     slots: Slots,
 }
 
 impl WebParts {
-    pub(crate) fn new(directory: Arc<Directory>, publisher: Arc<Publisher>, clock: SharedClock) -> Self {
-        Self { directory, publisher, clock, slots: Slots::default() }
+    pub(crate) fn new(
+        directory: Arc<Directory>,
+        publisher: Arc<Publisher>,
+        ocsp: Arc<Ocsp>,
+        clock: SharedClock,
+    ) -> Self {
+        Self { directory, publisher, ocsp, clock, slots: Slots::default() }
     }
 }
 
@@ -161,18 +172,21 @@ impl Web {
             tracing::debug!(%source, "too many connections: closed");
             return;
         };
+        // Answers are small and whole: nothing is gained by waiting for more to send.
+        let _ = stream.set_nodelay(true);
         let (parts, shutdown) = (Arc::clone(&self.parts), self.shutdown.clone());
         self.tracker.spawn(async move {
             let _slot = slot;
             let answer = service_fn(move |request| {
                 let parts = Arc::clone(&parts);
-                async move { Ok::<_, Infallible>(parts.answer(&request)) }
+                async move { Ok::<_, Infallible>(parts.answer(request).await) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(WEB_HEADER_TIMEOUT)
                 .max_buf_size(WEB_HEADER_BYTES_MAX)
                 .max_headers(WEB_HEADERS_MAX)
+                .pipeline_flush(true)
                 .serve_connection(TokioIo::new(stream), answer);
             tokio::select! {
                 ended = connection => if let Err(error) = ended {
@@ -187,8 +201,11 @@ impl Web {
 }
 
 impl WebParts {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let is_head = request.method() == Method::HEAD;
+        if let Some(rest) = self.ocsp_path(request.uri().path()) {
+            return self.answer_ocsp(request, rest).await;
+        }
         let Some(page) = self.page(request.uri().path()) else {
             return plain(StatusCode::NOT_FOUND, is_head, "not found\n");
         };
@@ -202,14 +219,68 @@ impl WebParts {
 
     /// What lies under a path, below the base addresses' own paths or below none.
     fn page(&self, path: &str) -> Option<Page> {
-        self.page_at(path).or_else(|| {
-            let below = self.directory.read(|world| {
-                let bases = world.cas().iter().flat_map(|ca| world.shard_groups(&ca.key_id));
-                let mut paths = bases.filter_map(|group| base_path(&group.base_url));
-                paths.find_map(|base| path.strip_prefix(base).map(str::to_owned))
-            })?;
-            self.page_at(&below)
+        self.page_at(path).or_else(|| self.page_at(&self.below_base(path)?))
+    }
+
+    fn below_base(&self, path: &str) -> Option<String> {
+        self.directory.read(|world| {
+            let bases = world.cas().iter().flat_map(|ca| world.shard_groups(&ca.key_id));
+            let mut paths = bases.filter_map(|group| base_path(&group.base_url));
+            paths.find_map(|base| path.strip_prefix(base).map(str::to_owned))
         })
+    }
+
+    /// The part behind `/ocsp`: empty for a POST, a slash and the request for a GET (RFC 6960 §A.1).
+    fn ocsp_path(&self, path: &str) -> Option<String> {
+        let rest = |path: &str| {
+            let rest = path.strip_prefix("/ocsp")?;
+            (rest.is_empty() || rest.starts_with('/')).then(|| rest.to_owned())
+        };
+        rest(path).or_else(|| rest(&self.below_base(path)?))
+    }
+
+    async fn answer_ocsp(&self, request: Request<Incoming>, rest: String) -> Response<Full<Bytes>> {
+        let (is_head, now) = (request.method() == Method::HEAD, UtcTime::from(self.clock.utc_now()));
+        let headers = request.headers().clone();
+        let is_get = request.method() == Method::GET || is_head;
+        let asked = match (request.method(), rest.strip_prefix('/')) {
+            (&Method::POST, None | Some("")) => {
+                if headers.get(header::CONTENT_TYPE).is_none_or(|kind| kind != OCSP_REQUEST_TYPE) {
+                    return plain(
+                        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                        false,
+                        "only application/ocsp-request\n",
+                    );
+                }
+                match Limited::new(request.into_body(), mesh_ca::OCSP_REQUEST_BYTES_MAX).collect().await {
+                    Ok(body) => OcspQuery::from_der(&body.to_bytes()),
+                    Err(_) => return plain(StatusCode::PAYLOAD_TOO_LARGE, false, "too large\n"),
+                }
+            }
+            (_, Some(text)) if is_get && !text.is_empty() => OcspQuery::from_get_path(text),
+            _ if is_get => return plain(StatusCode::NOT_FOUND, is_head, "not found\n"),
+            _ => {
+                let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, false, "only GET, HEAD and POST\n");
+                refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST"));
+                return refused;
+            }
+        };
+        let reply = self.ocsp.answer(asked).await;
+        let Some((this_update, next_update)) = reply.life.filter(|_| is_get) else {
+            let mut response = Response::new(Full::new(if is_head { Bytes::new() } else { reply.der }));
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(OCSP_RESPONSE_TYPE));
+            headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+            return response;
+        };
+        let page = Page {
+            body: reply.der,
+            kind: OCSP_RESPONSE_TYPE,
+            modified: this_update + mesh_ca::CLOCK_SKEW_ALLOWANCE,
+            ends: next_update,
+            age_max: CRL_AGE_MAX,
+        };
+        page.respond(&headers, is_head, now)
     }
 
     fn page_at(&self, path: &str) -> Option<Page> {

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
 use crate::certify::Order;
-use crate::limits::{NAMES_PER_CERTIFICATE_MAX, PAGE_SIZE_MAX};
+use crate::limits::{NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
 use crate::revoke;
 use crate::service::messages::{certificate_message, name_owner};
@@ -80,9 +80,20 @@ impl pb::certificates_server::Certificates for CertificatesService {
     }
 
     async fn crls(&self, request: Request<pb::CrlsRequest>) -> Result<Response<pb::CrlsResponse>, Status> {
-        let have = request.into_inner().have;
+        let pb::CrlsRequest { have, ocsp_of } = request.into_inner();
         check_crls(&have)?;
-        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages(&have) }))
+        if ocsp_of.len() > OCSP_SERIALS_MAX {
+            return Err(Problem::too_large("list of serials", OCSP_SERIALS_MAX).into());
+        }
+        let mut ocsp = Vec::new();
+        for wanted in ocsp_of {
+            let reply = self.0.ocsp.staple(serial(&wanted)?).await;
+            ocsp.extend(reply.and_then(|reply| {
+                let (_, next_update) = reply.life?;
+                Some(pb::OcspResponse { serial: wanted, der: reply.der, next_update: next_update.unix() })
+            }));
+        }
+        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages(&have), ocsp }))
     }
 }
 

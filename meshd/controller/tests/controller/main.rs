@@ -3,6 +3,7 @@
 mod enrollment;
 mod harness;
 mod journal;
+mod ocsp;
 mod operators;
 mod posing;
 mod publishing;

@@ -217,7 +217,7 @@ async fn a_revocation_changes_one_shard_and_nodes_fetch_only_that() {
         shard: crl.shard,
         number: crl.number,
     });
-    let request = pb::CrlsRequest { have: have.collect() };
+    let request = pb::CrlsRequest { have: have.collect(), ..Default::default() };
     let newer = client.crls(request).await.unwrap().into_inner().crls;
     assert_eq!(newer.iter().map(|crl| &crl.der[..]).collect::<Vec<_>>(), [&listed.body[..]]);
 
