@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test bench lint audit docs deps deps-test build check-tree
+.PHONY: help demo test bench lint audit bench-inventory docs deps deps-test build check-tree
 help:
 	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
 	@echo "make test    every test, lint and judge (what CI runs)"
@@ -17,7 +17,7 @@ deps:
 
 # What the tests need on top: real third-party programs to judge us, and one pinned Python environment.
 deps-test: deps
-	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl \
+	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl update-ca-certificates:ca-certificates \
 		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3
 	@tests/judges/install
 
@@ -40,6 +40,10 @@ docs:
 # The arrows between our crates, and that `core` and `ca` stay pure.
 check-tree:
 	@tests/check-tree
+
+# `cert ls` among a million certificates, through the index as the controller uses it. Minutes: most of it fills the index.
+bench-inventory:
+	cargo test --locked --release -p mesh-controller --lib a_million_certificates -- --ignored --nocapture
 
 # Known holes and licences, by deny.toml; offline, against a copy of the RustSec database.
 audit:

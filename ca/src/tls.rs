@@ -11,6 +11,7 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use sha2::{Digest as _, Sha256};
 use time::UtcDateTime;
 
 use crate::chain::{ChainError, RevocationLists, TrustAnchors, Usage, verify_chain, verify_chain_expired_ok};
@@ -37,8 +38,31 @@ fn algorithms() -> WebPkiSupportedAlgorithms {
     rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms
 }
 
-fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
-    Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+/// What every verifier here says about signatures in the handshake.
+macro_rules! tls13_signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _cert: &CertificateDer<'_>,
+            _dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, cert, dss, &self.algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms.supported_schemes()
+        }
+    };
 }
 
 fn controller_name(leaf: &VerifiedLeaf) -> Result<&Label, ChainError> {
@@ -54,13 +78,30 @@ fn controller_name(leaf: &VerifiedLeaf) -> Result<&Label, ChainError> {
 pub struct ControllerVerifier {
     anchors: Arc<TrustAnchors>,
     revocation: Option<Arc<RevocationLists>>,
+    tolerates_unknown_revocation: bool,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ControllerVerifier {
     /// With `revocation` a controller on a CRL is refused too.
     pub fn new(anchors: Arc<TrustAnchors>, revocation: Option<Arc<RevocationLists>>) -> Self {
-        Self { anchors, revocation, algorithms: algorithms() }
+        Self { anchors, revocation, tolerates_unknown_revocation: false, algorithms: algorithms() }
+    }
+
+    /// Where the CRLs say nothing about the controller's issuer, because the CA has changed since, the chain alone
+    /// counts: otherwise the CRL that is lacking could never be fetched.
+    pub fn tolerating_unknown_revocation(self) -> Self {
+        Self { tolerates_unknown_revocation: true, ..self }
+    }
+
+    fn judge(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        revocation: Option<&RevocationLists>,
+    ) -> Result<VerifiedLeaf, ChainError> {
+        verify_chain(end_entity, intermediates, &self.anchors, from_unix(now), Usage::Server, revocation)
     }
 }
 
@@ -73,35 +114,18 @@ impl ServerCertVerifier for ControllerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let revocation = self.revocation.as_deref();
-        let leaf =
-            verify_chain(end_entity, intermediates, &self.anchors, from_unix(now), Usage::Server, revocation);
+        let leaf = match self.judge(end_entity, intermediates, now, self.revocation.as_deref()) {
+            Err(ChainError::RevocationUnknown) if self.tolerates_unknown_revocation => {
+                self.judge(end_entity, intermediates, now, None)
+            }
+            verdict => verdict,
+        };
         let leaf = leaf.map_err(refuse)?;
         controller_name(&leaf).map_err(refuse)?;
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    tls13_signatures!();
 }
 
 /// What a joining node or operator learned from a controller whose root matched the pin.
@@ -123,19 +147,25 @@ pub struct AcceptedController {
 pub struct PinnedControllerVerifier {
     root_key_hash: [u8; 32],
     accepted: Mutex<Option<AcceptedController>>,
+    shown: Mutex<Option<[u8; 32]>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl PinnedControllerVerifier {
     /// Pins the root whose DER SubjectPublicKeyInfo has this SHA-256.
     pub fn new(root_key_hash: [u8; 32]) -> Self {
-        Self { root_key_hash, accepted: Mutex::new(None), algorithms: algorithms() }
+        Self { root_key_hash, accepted: Mutex::new(None), shown: Mutex::new(None), algorithms: algorithms() }
     }
 
     /// What was accepted. The chain is checked by then, possession of its key only once the handshake is over: ask
     /// after that.
     pub fn accepted(&self) -> Option<AcceptedController> {
         self.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// SHA-256 of the key of the root that was shown, whether it matched or not, so that a person can compare.
+    pub fn shown(&self) -> Option<[u8; 32]> {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check(
@@ -165,6 +195,15 @@ impl PinnedControllerVerifier {
     }
 }
 
+/// SHA-256 of the key of the first self-issued certificate.
+fn root_shown(chain: &[CertificateDer<'_>]) -> Option<[u8; 32]> {
+    chain.iter().take(crate::chain::CHAIN_LENGTH_MAX).find_map(|der| {
+        let parsed = parse_certificate(der)?;
+        let self_issued = parsed.issuer().as_raw() == parsed.subject().as_raw();
+        self_issued.then(|| Sha256::digest(parsed.public_key().raw).into())
+    })
+}
+
 /// The mesh in the leaf's one URI; true only once the chain is verified.
 fn claimed_domain(leaf: &[u8]) -> Option<TrustDomain> {
     let parsed = parse_certificate(leaf)?;
@@ -183,32 +222,13 @@ impl ServerCertVerifier for PinnedControllerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = root_shown(intermediates);
         let accepted = self.check(end_entity, intermediates, now).map_err(refuse)?;
         *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepted);
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    tls13_signatures!();
 }
 
 /// The controller's view of whoever connects. A certificate may be left out (a joining node has none). One that is
@@ -248,25 +268,5 @@ impl ClientCertVerifier for ClientVerifier {
             .map_err(refuse)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    tls13_signatures!();
 }

@@ -25,7 +25,7 @@ pub(crate) struct App {
 }
 
 /// `--watch` of every listing.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Watch {
     /// Show it again every two seconds, or as given
     #[arg(long, value_name = "EVERY", num_args = 0..=1, require_equals = true, default_missing_value = "2s")]

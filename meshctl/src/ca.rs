@@ -1,5 +1,7 @@
 //! `meshctl ca`: root, issuing CAs, CRLs.
 
+mod trust;
+
 use std::path::PathBuf;
 
 use mesh_ca::bundle::{encode_certificates, encode_crls};
@@ -24,6 +26,9 @@ pub(crate) enum Command {
     Fingerprint,
     /// The current CRLs, PEM
     Crl(Crl),
+    /// The root among those that this machine trusts (Debian's ca-certificates)
+    #[command(subcommand)]
+    Trust(trust::Trust),
 }
 
 #[derive(Debug, clap::Args)]
@@ -47,6 +52,7 @@ impl Command {
             Self::Root(root) => root.run(app).await?,
             Self::Fingerprint => print_fingerprint(app).await?,
             Self::Crl(crl) => crl.run(app).await?,
+            Self::Trust(trust) => trust.run(app).await?,
         }
         Ok(Exit::Done)
     }

@@ -10,7 +10,7 @@ use crate::{
     client::{Places, Target},
     clock, completions, demo, doctor, enroll,
     error::EXIT_CODES,
-    explain, login, node, operator,
+    explain, login, man, node, operator,
     output::{Color, Format, Output},
     ping, policy, probe, status,
     text::Span,
@@ -28,9 +28,14 @@ pub(crate) struct Cli {
 }
 
 impl Cli {
+    /// The tree of commands as `--help` and the manual show it.
+    pub(crate) fn command_with_exit_codes() -> clap::Command {
+        with_exit_codes(Self::command())
+    }
+
     /// Reads the process's command line.
     pub(crate) fn read() -> Result<Self, clap::Error> {
-        let matches = with_exit_codes(Self::command())
+        let matches = Self::command_with_exit_codes()
             .try_get_matches_from(node::options_first(std::env::args_os().collect()))?;
         Self::from_arg_matches(&matches)
     }
@@ -129,6 +134,9 @@ pub(crate) enum Command {
     Completions(completions::Completions),
     /// What an error code means and what to do about it
     Explain(explain::Explain),
+    /// Write the manual pages; for whoever packages this
+    #[command(hide = true)]
+    Man(man::Man),
     /// HTTPS with mutual TLS, for the demo and for tests
     #[command(hide = true, subcommand)]
     Probe(probe::Command),
@@ -159,7 +167,7 @@ mod tests {
             node ls | node show web-1 | node approve web-1 | node tag web-1 +a -b | node revoke web-1 --reason key-compromise --wait
             node revoke web-1 --wait=5s | node rm web-1 | node rotate-keys web-1 | node ls --watch | node ls -o json | node ls --watch=5s
             cert issue api.mesh.internal 100.64.0.1 --out d --profile server --ttl 24h --owner a:b --mode 0640 --reload x --rotate-key
-            cert issue --csr - | cert issue --csr f -o json | cert ls --expiring 30d --node web-1 | cert show 00ff | cert show f.pem | cert renew api
+            cert issue --csr - | cert issue --csr f -o json | cert ls --expiring 30d --node web-1 | cert inspect https://h:1 | cert inspect f.pem | ca trust install --root d | ca trust remove | cert ls --name api --issuer 0a --state revoked | doctor --outage 60h | cert show 00ff | cert show f.pem | cert renew api
             cert revoke api --reason superseded --wait=30s | cert verify f.pem
             ca show | ca root | ca root --out f | ca fingerprint | ca crl | ca crl --der | policy show | policy check f | policy apply f
             status | status --check | status -o wide | ping web-1 | doctor | audit log | audit log --follow --since 24h | audit verify

@@ -1,4 +1,6 @@
-//! `meshctl doctor`: everything that could be wrong with this node.
+//! `meshctl doctor`: everything that could be wrong with this node, or would be after an outage.
+
+mod outage;
 
 use mesh_proto::v1::{self as pb, local_client::LocalClient};
 use serde_json::json;
@@ -8,14 +10,21 @@ use crate::{
     error::{Exit, Result},
     output::{Tone, count, paint},
     status::{finding_documents, findings, next_steps},
-    text::safe,
+    text::{Span, safe},
 };
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Doctor {}
+pub(crate) struct Doctor {
+    /// Ask the controller instead: whose certificate would end if it were away for TIME from now
+    #[arg(long, value_name = "TIME")]
+    outage: Option<Span>,
+}
 
 impl Doctor {
     pub(crate) async fn run(self, app: &App) -> Result<Exit> {
+        if let Some(outage) = self.outage {
+            return outage::run(app, outage).await;
+        }
         let report = app.ask_node(client!(LocalClient<_>, app.node().await?).doctor(pb::Empty {})).await?;
         if app.out.is_json() {
             app.out.document(

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mesh_ca::{Csr, LeafKey, bundle};
+use mesh_ca::{Csr, LeafKey, PinnedControllerVerifier, bundle};
 use mesh_proto::v1::{self as pb, ErrorCode, operators_client::OperatorsClient};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -15,7 +15,7 @@ use crate::{
     error::{Exit, Failure, Result},
     secret::{self, Token, TokenFile},
     text::{fingerprint, safe},
-    trust::{self, PinRecorder},
+    trust,
 };
 
 #[derive(clap::Args)]
@@ -97,9 +97,9 @@ async fn connect(
     app: &App,
     address: &str,
     token: &pb::JoinToken,
-) -> Result<(tonic::transport::Channel, Arc<PinRecorder>)> {
+) -> Result<(tonic::transport::Channel, Arc<PinnedControllerVerifier>)> {
     let pin: [u8; 32] = token.root_spki_sha256.as_ref().try_into().expect("checked when the token was read");
-    let recorder = Arc::new(PinRecorder::new(pin));
+    let recorder = Arc::new(PinnedControllerVerifier::new(pin));
     let mut config = trust::client_config(recorder.clone()).with_no_client_auth();
     trust::finish(&mut config);
     match app.places.tls_with(&[address.to_owned()], Arc::new(config)).await {
@@ -120,7 +120,11 @@ fn mismatch(expected: &[u8], shown: &[u8]) -> Failure {
 }
 
 /// What came back must belong to the root we pinned and the mesh we saw.
-fn check(answer: &pb::LoginResponse, token: &pb::JoinToken, recorder: &PinRecorder) -> Result<()> {
+fn check(
+    answer: &pb::LoginResponse,
+    token: &pb::JoinToken,
+    recorder: &PinnedControllerVerifier,
+) -> Result<()> {
     let pinned = |der: &prost::bytes::Bytes| {
         X509Certificate::from_der(der).is_ok_and(|(_, root)| {
             Sha256::digest(root.public_key().raw).as_slice() == token.root_spki_sha256.as_ref()

@@ -24,6 +24,7 @@ mod doctor;
 mod enroll;
 mod explain;
 mod login;
+mod man;
 mod node;
 mod operator;
 mod ping;
@@ -67,6 +68,7 @@ fn run(command: Command, app: &App) -> Result<Exit> {
         Command::Probe(probe) => probe.run(),
         Command::Completions(completions) => Ok(completions.run()),
         Command::Explain(explain) => explain.run(&app.out),
+        Command::Man(man) => man.run(app),
         command => runtime()?.block_on(ask(command, app)),
     }
 }
@@ -95,7 +97,11 @@ async fn ask(command: Command, app: &App) -> Result<Exit> {
         Command::Operator(command) => command.run(app).await,
         Command::Clock(command) => command.run(app).await,
         Command::Login(command) => command.run(app).await,
-        Command::Demo(_) | Command::Probe(_) | Command::Completions(_) | Command::Explain(_) => {
+        Command::Demo(_)
+        | Command::Probe(_)
+        | Command::Completions(_)
+        | Command::Explain(_)
+        | Command::Man(_) => {
             unreachable!("`run` answers these without a runtime")
         }
     }

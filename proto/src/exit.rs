@@ -123,6 +123,7 @@ impl ErrorCode {
             | C::NodeIdentity
             | C::DirectoryNotOurs
             | C::NameStopped
+            | C::TokenAnswerGone
             | C::NodePending
             | C::OperatorExists
             | C::LastAdmin => Exit::Conflict,

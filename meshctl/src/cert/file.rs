@@ -25,7 +25,7 @@ use super::listing::lines;
 use crate::{
     app::App,
     error::{Exit, Failure, Result},
-    output::{Format, Tone, paint},
+    output::{Tone, paint},
     text::{fingerprint, left, now, rfc3339},
 };
 
@@ -104,7 +104,7 @@ impl Facts {
         }
     }
 
-    fn document(&self) -> Value {
+    pub(super) fn document(&self) -> Value {
         json!({
             "subject": self.subject, "issuer": self.issuer, "serial": self.serial, "ca": self.is_ca, "names": self.names,
             "spiffe": self.spiffe, "uses": self.uses, "notBefore": rfc3339(self.not_before),
@@ -112,7 +112,7 @@ impl Facts {
         })
     }
 
-    fn describe(&self, now: i64) -> Vec<String> {
+    pub(super) fn describe(&self, now: i64) -> Vec<String> {
         let ended = self.not_after <= now;
         let state = if ended { paint(Tone::Bad, "ended") } else { String::new() };
         let facts = [
@@ -149,7 +149,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// PEM, or one certificate in DER.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let bytes = read(path)?;
     // DER begins with SEQUENCE, PEM with a dash or text.
     if bytes.first() == Some(&0x30) {
@@ -157,22 +157,6 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     }
     bundle::parse_certificates(&bytes)
         .map_err(|error| malformed(&error.to_string()).fact(path.display().to_string()))
-}
-
-/// `meshctl cert show FILE`.
-pub(super) fn show(app: &App, path: &Path) -> Result<Exit> {
-    let all: Vec<Facts> = certificates(path)?.iter().map(|der| Facts::read(der)).collect::<Result<_>>()?;
-    let now = now();
-    match app.out.format {
-        Format::Json => {
-            app.out.list_document("CertificateFile", &all.iter().map(Facts::document).collect::<Vec<_>>());
-        }
-        Format::Name => all.iter().for_each(|facts| app.out.line(&facts.serial)),
-        Format::Table | Format::Wide => {
-            all.iter().flat_map(|facts| facts.describe(now)).for_each(|line| app.out.line(&line))
-        }
-    }
-    Ok(Exit::Done)
 }
 
 /// Everything a verdict needs, read from disk.

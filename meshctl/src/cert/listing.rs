@@ -59,7 +59,7 @@ pub(crate) fn document(certificate: &pb::Certificate) -> Value {
         "profile": certificate.profile, "spiffe": certificate.spiffe, "owner": certificate.owner, "state": state,
         "notBefore": rfc3339(certificate.not_before), "notAfter": rfc3339(certificate.not_after),
         "revokedAt": rfc3339(certificate.revoked_at), "reason": certificate.reason,
-        "keySha256": hex::encode(&certificate.key_hash),
+        "keySha256": hex::encode(&certificate.key_hash), "issuerKeyId": hex::encode(&certificate.issuer_key_id),
     })
 }
 
@@ -183,7 +183,7 @@ mod tests {
         };
         assert_eq!(
             document(&certificate).to_string(),
-            r#"{"serial":"1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f","name":"","names":["api.mesh.internal"],"profile":"","spiffe":"","owner":"","state":"revoked","notBefore":null,"notAfter":null,"revokedAt":"2027-01-15T08:00:00Z","reason":"","keySha256":""}"#
+            r#"{"serial":"1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f","name":"","names":["api.mesh.internal"],"profile":"","spiffe":"","owner":"","state":"revoked","notBefore":null,"notAfter":null,"revokedAt":"2027-01-15T08:00:00Z","reason":"","keySha256":"","issuerKeyId":""}"#
         );
     }
 }

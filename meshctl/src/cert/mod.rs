@@ -2,7 +2,9 @@
 
 mod file;
 mod folder;
+mod inspect;
 mod issue;
+mod lint;
 mod listing;
 
 use std::{path::PathBuf, time::Duration};
@@ -20,7 +22,7 @@ use crate::{
     text::{Span, left, now, safe},
 };
 
-pub(crate) use file::Facts;
+pub(crate) use file::{Facts, certificates as read_certificates};
 pub(crate) use listing::{document, pair_document};
 
 const SERIAL_BYTES: usize = 16;
@@ -38,11 +40,13 @@ pub(crate) enum Command {
     Renew(Renew),
     /// Revoke a certificate, or all live ones of a name
     Revoke(Revoke),
+    /// Show any certificate and what is wrong with it: a file, or what answers at https://HOST:PORT; exit 3 on findings
+    Inspect(inspect::Inspect),
     /// Check a certificate file: chain, dates, revocation, key; exit 3 if it fails
     Verify(file::Verify),
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct List {
     /// Only those that end within TIME, for instance 30d
     #[arg(long, value_name = "TIME")]
@@ -50,11 +54,27 @@ pub(crate) struct List {
     /// Only those of this node
     #[arg(long)]
     node: Option<String>,
+    /// Only those for this DNS name or address, or of the pair of this name
+    #[arg(long)]
+    name: Option<String>,
+    /// Only those of the issuing CA whose key id begins with these hexadecimal digits
+    #[arg(long, value_name = "HEX")]
+    issuer: Option<String>,
+    /// Only those in this state; ok unless given
+    #[arg(long, value_enum, conflicts_with = "all")]
+    state: Option<State>,
     /// Also those that have ended or are revoked
     #[arg(long)]
     all: bool,
     #[command(flatten)]
     watch: Watch,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum State {
+    Ok,
+    Revoked,
+    Ended,
 }
 
 #[derive(Debug, clap::Args)]
@@ -90,6 +110,7 @@ impl Command {
             Self::Show(show) => show.run(app).await,
             Self::Renew(renew) => renew.run(app).await,
             Self::Revoke(revoke) => revoke.run(app).await,
+            Self::Inspect(inspect) => inspect.run(app),
             Self::Verify(verify) => verify.run(app).await,
         }
     }
@@ -103,7 +124,8 @@ fn parse_serial(text: &str) -> Option<Vec<u8>> {
 impl List {
     async fn run(&self, app: &App) -> Result<Exit> {
         let now = now();
-        let node_filter = self.node.is_some() || self.all;
+        let asks_controller = self.node.is_some() || self.name.is_some() || self.issuer.is_some();
+        let node_filter = asks_controller || self.state.is_some() || self.all;
         if app.places.status_role() == Role::Node && !node_filter {
             let pairs = app
                 .ask_node(client!(LocalClient<_>, app.node().await?).list_certificates(pb::Empty {}))
@@ -131,6 +153,15 @@ impl List {
                 include_ended: self.all,
                 page_size: 0,
                 page_token: page_token.clone(),
+                name: self.name.clone().unwrap_or_default(),
+                issuer: self.issuer.clone().unwrap_or_default(),
+                state: match self.state {
+                    None => pb::list_certificates_request::State::Unspecified,
+                    Some(State::Ok) => pb::list_certificates_request::State::Ok,
+                    Some(State::Revoked) => pb::list_certificates_request::State::Revoked,
+                    Some(State::Ended) => pb::list_certificates_request::State::Ended,
+                }
+                .into(),
             };
             let page = app.ask(service.list(request)).await?;
             all.extend(page.certificates);
@@ -143,11 +174,16 @@ impl List {
     }
 }
 
+/// Every certificate that is neither revoked nor past its end.
+pub(crate) async fn all_live(app: &App) -> Result<Vec<pb::Certificate>> {
+    List::default().all_pages(app).await
+}
+
 impl Show {
     async fn run(self, app: &App) -> Result<Exit> {
         let path = PathBuf::from(&self.which);
         if path.is_file() {
-            return file::show(app, &path);
+            return inspect::show_file(app, &path);
         }
         let Some(serial) = parse_serial(&self.which) else {
             return Err(Failure::new(

@@ -179,6 +179,11 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "An operator took it back, or the node it had made was revoked.",
             "Create a new one with `meshctl token create`.",
         ),
+        ErrorCode::TokenAnswerGone => (
+            "the token was created before, and its secret is gone",
+            "The same request was made before the controller was restarted. The controller keeps only a hash of a token's secret, so it cannot give the same answer again.",
+            "`meshctl token revoke ID` ends the token of the first answer; then create another.",
+        ),
         ErrorCode::TokenNameMismatch => (
             "the token is for another name",
             "It was created with --name, and lets in only a node of that name. It has not been used up.",

@@ -48,7 +48,7 @@ use crate::status::Problem;
 use crate::sync::SyncHub;
 use crate::throttle::Throttle;
 use crate::tls::server_config;
-use crate::token::TokenFacts;
+use crate::token::{TokenFacts, TokenSecrets};
 use crate::views::Views;
 use crate::web::{Web, WebParts, WebSocket};
 use crate::writer::{Writer, WriterParts};
@@ -244,6 +244,7 @@ impl Controller {
                 trust_domain: domain.to_string(),
                 kind: pb::join_token::Kind::Node,
             },
+            token_secrets: TokenSecrets::new(),
             controller_name: settings.name,
             unlock: settings.unlock,
             directory,

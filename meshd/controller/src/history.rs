@@ -1,21 +1,23 @@
 //! The index of what the journal said: certificates that have ended, and where in the audit log a
 //! time lies. It may be lost at any time; then it is made again from the journal.
 
+mod inventory;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mesh_core::{CertificateRecord, Change, Record, Serial, UtcTime};
+use mesh_core::{Change, Record, Serial, UtcTime};
 use mesh_proto::v1 as pb;
 use mesh_runtime::ShutdownToken;
-use mesh_store::index::VALUE_BYTES_MAX;
-use mesh_store::{Index, IndexError, IndexOp, Order, Page, StoredRecord, Table};
+use mesh_store::{Index, IndexError, IndexOp, Page, StoredRecord, Table};
 use prost::Message as _;
 
 use crate::archive::{Archive, issued};
 use crate::codec::decode_record;
 use crate::directory::Directory;
-use crate::limits::PAGE_SIZE_MAX;
-use crate::service::messages::issued_message;
+use crate::limits::{PURGE_PERIOD, RETENTION};
 use crate::status::Problem;
+
+pub(crate) use inventory::{CertificatePage, Query, Scope, State, is_cursor, state};
 
 /// Ends the key of a certificate's revocation, beside that of the certificate.
 const REVOKED_SUFFIX: u8 = b'r';
@@ -29,13 +31,6 @@ pub(crate) struct History {
     domain: String,
 }
 
-/// A page of certificates, and where the next one begins.
-#[derive(Debug)]
-pub(crate) struct CertificatePage {
-    pub(crate) certificates: Vec<pb::Certificate>,
-    pub(crate) next: Option<Vec<u8>>,
-}
-
 impl History {
     pub(crate) fn new(index: Index, archive: Archive, domain: String) -> Self {
         Self { index: Arc::new(Mutex::new(Some(index))), archive, domain }
@@ -44,17 +39,28 @@ impl History {
     /// Applies new records until shutdown. A failing index costs history, never the controller.
     pub(crate) async fn run(&self, directory: Arc<Directory>, shutdown: ShutdownToken) {
         let mut head = directory.watch();
+        let mut purging = tokio::time::interval(PURGE_PERIOD);
+        purging.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             head.mark_unchanged();
-            let history = self.clone();
-            let caught_up = tokio::task::spawn_blocking(move || history.catch_up()).await;
-            if let Err(error) = caught_up {
-                tracing::error!(%error, "the index could not be brought up to date");
-            }
+            self.on_thread(Self::catch_up).await;
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 changed = head.changed() => if changed.is_err() { return },
+                // By the journal's time: a clock that runs ahead must not empty the index.
+                _ = purging.tick() => {
+                    let before = directory.read(|world| world.last_time());
+                    let before = UtcTime(before.unix() - RETENTION.as_secs() as i64);
+                    self.on_thread(move |history| history.purge(before)).await;
+                }
             }
+        }
+    }
+
+    async fn on_thread(&self, work: impl FnOnce(&Self) + Send + 'static) {
+        let history = self.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || work(&history)).await {
+            tracing::error!(%error, "the index could not be brought up to date");
         }
     }
 
@@ -74,34 +80,32 @@ impl History {
         Ok(value.and_then(|value| value.try_into().ok()).map(u64::from_be_bytes))
     }
 
-    /// Certificates by their end, ended ones included. Blocks.
-    pub(crate) fn certificates(
-        &self,
-        after: Option<Vec<u8>>,
-        limit: usize,
-    ) -> Result<CertificatePage, Problem> {
-        let limit = limit.clamp(1, PAGE_SIZE_MAX);
-        let page = Page { after, limit, order: Order::Descending, ..Page::default() };
+    /// A page of certificates. Blocks.
+    pub(crate) fn certificates(&self, query: &Query) -> Result<CertificatePage, Problem> {
         let index = self.lock();
-        let index = index.as_ref().ok_or_else(closed)?;
-        let entries = index.page(Table::CertificateByExpiry, &page).map_err(failed)?;
-        let mut certificates = Vec::with_capacity(entries.len());
-        for (_, serial) in &entries {
-            let Some(value) = index.get(Table::CertificateBySerial, serial).map_err(failed)? else {
-                continue;
-            };
-            let Ok(mut certificate) = pb::Certificate::decode(&*value) else { continue };
-            let key = [serial.as_slice(), &[REVOKED_SUFFIX]].concat();
-            if let Some(revocation) = index.get(Table::CertificateBySerial, &key).map_err(failed)?
-                && let Ok(revocation) = pb::Certificate::decode(&*revocation)
-            {
-                certificate.revoked_at = revocation.revoked_at;
-                certificate.reason = revocation.reason;
+        inventory::find(index.as_ref().ok_or_else(closed)?, query).map_err(failed)
+    }
+
+    /// Removes certificates that ended before `before`; the journal and the audit log keep them. Blocks.
+    pub(crate) fn purge(&self, before: UtcTime) {
+        let mut purged = 0;
+        loop {
+            let mut index = self.lock();
+            let Some(index) = index.as_mut() else { return };
+            match inventory::purge(index, before) {
+                Ok(0) => break,
+                Ok(count) => purged += count,
+                Err(error) => {
+                    return tracing::warn!(
+                        error = mesh_runtime::chain(&error),
+                        "ended certificates stay in the index"
+                    );
+                }
             }
-            certificates.push(certificate);
         }
-        let next = (entries.len() == limit).then(|| entries.last().map(|(key, _)| key.clone())).flatten();
-        Ok(CertificatePage { certificates, next })
+        if purged > 0 {
+            tracing::info!(certificates = purged, "left the index: ended long ago");
+        }
     }
 
     /// The first record made at or after `since`; past the head if there is none. Blocks.
@@ -152,24 +156,9 @@ impl History {
                 ops.push(IndexOp::insert(Table::CertificateBySerial, key, revocation.encode_to_vec()));
             }
             if let Some(certificate) = issued(change) {
-                ops.extend(self.issued_ops(seq, &certificate));
+                ops.extend(inventory::issued_ops(&self.domain, seq, &certificate));
             }
         }
-    }
-
-    fn issued_ops(&self, seq: u64, certificate: &CertificateRecord) -> [IndexOp; 3] {
-        let serial = certificate.serial.0;
-        let expiry = [sortable(certificate.not_after.unix()).as_slice(), &serial].concat();
-        let mut message = issued_message(&self.domain, certificate);
-        if message.encoded_len() > VALUE_BYTES_MAX {
-            // A few hundred long names; the certificate itself says them.
-            message.names.clear();
-        }
-        [
-            IndexOp::insert(Table::CertificateByIdentity, serial, seq.to_be_bytes()),
-            IndexOp::insert(Table::CertificateBySerial, serial, message.encode_to_vec()),
-            IndexOp::insert(Table::CertificateByExpiry, expiry, serial),
-        ]
     }
 
     /// Lets go of the index, and of the state directory's lock with it.

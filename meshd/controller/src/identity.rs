@@ -49,6 +49,12 @@ pub(crate) fn leaf_of_node(
     })
 }
 
+/// The slot of a node's current identity. Its life began when it was issued; `not_before` is backdated.
+pub(crate) fn renew_at(node: NodeId, identity: &mesh_core::world::Identity) -> UtcTime {
+    let issued = (identity.not_before + mesh_ca::CLOCK_SKEW_ALLOWANCE).min(identity.not_after);
+    mesh_core::rotation::slot(node, issued, identity.not_after.since(issued))
+}
+
 /// Builds the answers that hand out identities.
 #[derive(Debug, Clone)]
 pub(crate) struct IdentityAnswers {
@@ -82,6 +88,7 @@ impl IdentityAnswers {
                 ipv6_prefix: mesh.ipv6_prefix().to_string(),
                 controller_time: now.unix(),
                 controllers: self.controllers.clone(),
+                renew_at: renew_at(node.id, identity).unix(),
             })
         })
     }

@@ -73,6 +73,14 @@ pub(crate) const FINDING_BYTES_MAX: usize = 256;
 pub(crate) const CRLS_PER_MESSAGE_MAX: usize = 4_096;
 /// Octets of a version or backend text of a node.
 pub(crate) const VERSION_BYTES_MAX: usize = 64;
+/// Hexadecimal digits of an issuer's key id in a request: RFC 7093 methods make 20 octets.
+pub(crate) const ISSUER_DIGITS_MAX: usize = 64;
+/// Entries of the index looked at for one page of a listing.
+pub(crate) const INDEX_SCAN_MAX: usize = 20_000;
+/// How long a certificate that has ended stays in listings, and how often those past it are looked for. The
+/// journal, and so the audit log, keeps them.
+pub(crate) const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+pub(crate) const PURGE_PERIOD: Duration = Duration::from_secs(3600);
 /// Entries in one page of a listing.
 pub(crate) const PAGE_SIZE_MAX: usize = 1_000;
 

@@ -18,7 +18,7 @@ use crate::publish::Publisher;
 use crate::renew::Renewer;
 use crate::revoke::Revoker;
 use crate::sync::SyncHub;
-use crate::token::TokenFacts;
+use crate::token::{TokenFacts, TokenSecrets};
 use crate::writer::Writer;
 
 #[derive(Debug)]
@@ -42,6 +42,7 @@ pub(crate) struct Parts {
 
     /// What every new token says.
     pub(crate) token_facts: TokenFacts,
+    pub(crate) token_secrets: TokenSecrets,
     pub(crate) controller_name: String,
     pub(crate) unlock: Unlock,
 }

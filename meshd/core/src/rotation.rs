@@ -5,6 +5,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use crate::ids::NodeId;
 use crate::time::UtcTime;
 
 /// First pause after a failed renewal; doubles with each failure.
@@ -14,6 +15,24 @@ pub const RETRY_MAX: Duration = Duration::from_secs(1800);
 /// Renewals of one moment spread over this part of the life, so that a fleet started at once does not
 /// renew at once.
 const SPREAD: u32 = 20;
+
+/// The golden ratio, less one, of 2^32 (Weyl sequence): consecutive node ids lie far apart.
+const GOLDEN: u32 = 0x9E37_79B9;
+/// An identity is not renewed again within this part of the period: a slot that near is the next round's.
+const SLOT_MARGIN: u32 = 24;
+
+/// When the identity of `node` is to be renewed that was issued at `issued` and lives for `life`: at the
+/// node's own moment within the period of a third of the life, the same in every period. So a fleet spreads
+/// evenly, also after all of it renewed at once, as after an outage. At the latest a twenty-fourth of the
+/// period after the period is over.
+pub fn slot(node: NodeId, issued: UtcTime, life: Duration) -> UtcTime {
+    let period = (life / 3).as_secs().max(1);
+    let share = u64::from(node.0.wrapping_mul(GOLDEN));
+    let offset = ((u128::from(period) * u128::from(share)) >> 32) as i64;
+    let earliest = issued + Duration::from_secs(period / u64::from(SLOT_MARGIN));
+    let phase = (offset - earliest.0).rem_euclid(period as i64);
+    UtcTime(earliest.0 + phase)
+}
 
 /// The schedule of one certificate. Performs no I/O; `now` is the controller's time as far as it is known.
 #[derive(Debug)]
@@ -97,6 +116,24 @@ mod tests {
         let due = |seed| Renewal::new(UtcTime(0), UtcTime(0) + 72 * HOUR, [seed; 32]).due_at();
         let distinct: std::collections::BTreeSet<_> = (0..50).map(due).collect();
         assert!(distinct.len() > 40);
+    }
+
+    /// 1,000 nodes that were all issued in one second renew evenly over the day, then each at its own time.
+    #[test]
+    fn slots_spread_a_fleet_and_stay() {
+        let (issued, life) = (UtcTime(1_795_363_200), 72 * HOUR);
+        let mut per_hour = [0; 24];
+        for id in 1..=1_000 {
+            let first = slot(NodeId(id), issued, life);
+            let age = first.since(issued);
+            assert!(age >= HOUR && age < 25 * HOUR, "node {id}: {age:?}");
+            per_hour[(age.as_secs() / 3600) as usize % 24] += 1;
+            // A renewal that is a little late or early keeps the slot: one renewal a day.
+            for late in [-30, 0, 30] {
+                assert_eq!(slot(NodeId(id), UtcTime(first.0 + late), life), first + 24 * HOUR, "node {id}");
+            }
+        }
+        assert!(per_hour.iter().all(|count| (35..=50).contains(count)), "{per_hour:?}");
     }
 
     #[test]

@@ -1,19 +1,15 @@
 //! Connections to the controller: TLS 1.3, the controller's chain judged by the pinned root, no resumption.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use mesh_ca::{
-    ControllerVerifier, LeafKey, PinnedControllerVerifier, RevocationLists, TrustAnchors, TrustDomain,
-};
+use mesh_ca::{ControllerVerifier, LeafKey, PinnedControllerVerifier, RevocationLists, TrustAnchors};
 use mesh_proto::v1::ErrorCode;
-use rustls::client::danger::{
-    DangerousClientConfigBuilder, HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
-};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::client::danger::DangerousClientConfigBuilder;
+use rustls::{CertificateError, ClientConfig};
+use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -115,10 +111,7 @@ pub(crate) fn node_config(
     revocation: Option<Arc<RevocationLists>>,
     clock: &ControllerClock,
 ) -> Result<Arc<ClientConfig>, ConnectError> {
-    let verifier = NodeVerifier {
-        strict: ControllerVerifier::new(anchors.clone(), revocation),
-        lenient: ControllerVerifier::new(anchors, None),
-    };
+    let verifier = ControllerVerifier::new(anchors, revocation).tolerating_unknown_revocation();
     let unusable = || rustls::Error::General("key cannot be read".to_owned());
     let key = LeafKey::from_pkcs8_der(identity.tls_key.expose())
         .map_err(|_| ConnectError::OwnCertificate { source: unusable() })?;
@@ -136,14 +129,9 @@ pub(crate) fn node_config(
 /// How a node that joins speaks to a controller: it believes nothing but the token's pin.
 pub(crate) fn joining_config(
     pin: [u8; 32],
-    domain: &str,
     clock: &ControllerClock,
-) -> (Arc<ClientConfig>, Arc<JoiningVerifier>) {
-    let verifier = Arc::new(JoiningVerifier {
-        pinned: PinnedControllerVerifier::new(pin),
-        domain: domain.to_owned(),
-        shown: Mutex::new(None),
-    });
+) -> (Arc<ClientConfig>, Arc<PinnedControllerVerifier>) {
+    let verifier = Arc::new(PinnedControllerVerifier::new(pin));
     let config = builder(clock).with_custom_certificate_verifier(verifier.clone()).with_no_client_auth();
     (Arc::new(finish(config)), verifier)
 }
@@ -219,116 +207,4 @@ fn server_name(address: &str) -> Result<ServerName<'static>, ConnectError> {
     let (host, _) = address.rsplit_once(':').ok_or_else(invalid)?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     ServerName::try_from(host.to_owned()).map_err(|_| invalid())
-}
-
-/// Judges the controller with the newest CRLs. Where those say nothing about its issuer, because the CA
-/// has changed since, the chain alone counts: otherwise the node could never fetch the CRL that is lacking.
-#[derive(Debug)]
-struct NodeVerifier {
-    strict: ControllerVerifier,
-    lenient: ControllerVerifier,
-}
-
-impl ServerCertVerifier for NodeVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let unknown = rustls::Error::InvalidCertificate(CertificateError::UnknownRevocationStatus);
-        match self.strict.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
-            Err(error) if error == unknown => {
-                self.lenient.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-            }
-            verdict => verdict,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.strict.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.strict.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.strict.supported_verify_schemes()
-    }
-}
-
-/// Judges by the pin, and remembers which root was shown instead, so that a person can compare.
-#[derive(Debug)]
-pub(crate) struct JoiningVerifier {
-    pinned: PinnedControllerVerifier,
-    domain: String,
-    shown: Mutex<Option<[u8; 32]>>,
-}
-
-impl JoiningVerifier {
-    /// SHA-256 of the key of a root that was shown, whether it matched or not.
-    pub(crate) fn shown(&self) -> Option<[u8; 32]> {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The root that matched; only after a finished handshake.
-    pub(crate) fn accepted_root(&self) -> Option<CertificateDer<'static>> {
-        self.pinned.accepted().map(|accepted| accepted.root_der)
-    }
-}
-
-impl ServerCertVerifier for JoiningVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let domain = TrustDomain::parse(&self.domain).ok();
-        let root = domain.and_then(|domain| {
-            let hash = |der: &CertificateDer<'_>| {
-                TrustAnchors::new(domain.clone(), [der]).ok()?.root_key_hashes().next()
-            };
-            intermediates.iter().find_map(hash)
-        });
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = root;
-        self.pinned.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.pinned.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.pinned.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.pinned.supported_verify_schemes()
-    }
 }

@@ -24,7 +24,7 @@ use crate::join::{
 };
 use crate::limits::{CALL_TIMEOUT, RETRY_FIRST, RETRY_LONGEST};
 use crate::pki;
-use crate::schedule::renews_at;
+use crate::schedule::{assigned, renews_at};
 use crate::state::{Der, Identity, RenewalRequest, StateDir};
 
 /// The wall clock is looked at this often, since it may jump.
@@ -73,7 +73,8 @@ impl Active {
             serial: leaf.serial.as_bytes().to_vec(),
             not_after: leaf.chain_not_after,
             wireguard_key: wireguard_key(newest)?.public().0,
-            renews_at: renews_at(leaf.not_before, leaf.not_after, leaf.serial.as_bytes()),
+            renews_at: assigned(identity.renew_at, leaf.not_before, leaf.not_after)
+                .unwrap_or_else(|| renews_at(leaf.not_before, leaf.not_after, leaf.serial.as_bytes())),
             identity,
         })
     }

@@ -200,7 +200,7 @@ impl Joiner {
     }
 
     async fn ask_one(&self, enrollment: &Enrollment, address: &str) -> Result<Outcome, Failure> {
-        let (tls, verifier) = joining_config(enrollment.root_pin, &enrollment.trust_domain, &self.clock);
+        let (tls, verifier) = joining_config(enrollment.root_pin, &self.clock);
         let connected = match connect(address, tls).await {
             Ok(connected) => connected,
             Err(error) => {
@@ -217,7 +217,7 @@ impl Joiner {
             }
         };
         // The pin has matched in this very connection; only now may the secret leave.
-        if verifier.accepted_root().is_none() {
+        if verifier.accepted().is_none() {
             return Err(root_mismatch(&enrollment.root_pin, verifier.shown().as_ref()));
         }
         let wireguard = wireguard_key(&enrollment.wireguard_key)?;
@@ -284,6 +284,7 @@ impl Identity {
             leaf: Der(answer.leaf.to_vec()),
             issuers: ders(answer.issuers),
             roots: ders(answer.roots),
+            renew_at: answer.renew_at,
             tls_key,
             wireguard_keys,
         })

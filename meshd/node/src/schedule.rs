@@ -17,6 +17,17 @@ pub(crate) fn renews_at(not_before: UtcDateTime, not_after: UtcDateTime, serial:
     UtcDateTime::from_unix_timestamp(due.0).unwrap_or(issued)
 }
 
+/// The moment that the controller assigned, unless it leaves too little of the life for retries: before the
+/// certificate begins, or in the last half of its life.
+pub(crate) fn assigned(
+    renew_at: i64,
+    not_before: UtcDateTime,
+    not_after: UtcDateTime,
+) -> Option<UtcDateTime> {
+    let at = UtcDateTime::from_unix_timestamp(renew_at).ok()?;
+    (at > not_before && at < not_after - (not_after - not_before) / 2).then_some(at)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -33,6 +44,20 @@ mod tests {
             prop_assert!(at >= issued + life / 4);
             prop_assert!(at <= issued + life * 2 / 5);
             prop_assert_eq!(at, renews_at(issued - CLOCK_SKEW_ALLOWANCE, issued + life, &serial));
+        }
+    }
+
+    #[test]
+    fn an_assigned_moment_is_obeyed_within_reason() {
+        let begin = UtcDateTime::from_unix_timestamp(1_800_000_000).unwrap();
+        let end = begin + time::Duration::hours(72);
+        let at = |hours: i64| assigned(1_800_000_000 + hours * 3600, begin, end);
+        assert_eq!(at(25), Some(begin + time::Duration::hours(25)));
+        for hours in [-1, 0, 36, 72, 100] {
+            assert_eq!(at(hours), None, "{hours} h");
+        }
+        for unusable in [0, i64::MAX, i64::MIN] {
+            assert_eq!(assigned(unusable, begin, end), None);
         }
     }
 }

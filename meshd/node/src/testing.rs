@@ -84,6 +84,7 @@ impl TestMesh {
             leaf: Der(leaf),
             issuers: vec![Der(self.issuing.certificate_der().to_vec())],
             roots: vec![Der(self.root.certificate_der().to_vec())],
+            renew_at: 0,
             tls_key,
             wireguard_keys: vec![wireguard_secret],
         }

@@ -10,7 +10,8 @@ use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
 use crate::certify::Order;
-use crate::limits::{NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
+use crate::history::{Query, Scope, State, is_cursor, state};
+use crate::limits::{ISSUER_DIGITS_MAX, NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
 use crate::revoke;
 use crate::service::messages::{certificate_message, name_owner};
@@ -98,63 +99,35 @@ impl pb::certificates_server::Certificates for CertificatesService {
 }
 
 impl Parts {
-    /// Live certificates by their end, soonest first; or, with ended ones, the history, latest first.
+    /// What has not ended, soonest end first; with ended ones, latest end first.
     async fn list_certificates(
         &self,
         caller: &Caller,
         request: pb::ListCertificatesRequest,
     ) -> Result<pb::ListCertificatesResponse, Problem> {
-        let limit = match usize::try_from(request.page_size).unwrap_or(PAGE_SIZE_MAX) {
-            0 => PAGE_SIZE_MAX,
-            size => size.min(PAGE_SIZE_MAX),
-        };
-        let after = page_token(&request.page_token)?;
-        // A node sees its own only, and those are few enough to be in World.
-        if request.include_ended && !matches!(caller, Caller::Node { .. }) {
-            return self.list_history(request, after, limit).await;
+        let query = query(&request, self.utc())?;
+        if matches!(caller, Caller::Node { .. }) {
+            return Ok(self.list_own(caller, &query));
         }
-        let at = self.utc();
-        let within = super::seconds(request.expiring_within_secs);
-        self.directory.read(|world| {
-            let mut found: Vec<&CertificateState> = world
-                .certificates()
-                .filter(|c| request.include_ended || c.is_live(at))
-                .filter(|c| may_see(caller, c))
-                .filter(|c| within.is_zero() || c.not_after <= at + within)
-                .collect();
-            found.sort_by_key(|c| (c.not_after, c.serial));
-            let position =
-                |c: &CertificateState| [&c.not_after.unix().to_be_bytes()[..], &c.serial.0].concat();
-            let certificates: Vec<(Vec<u8>, pb::Certificate)> = found
-                .into_iter()
-                .filter(|c| after.as_ref().is_none_or(|after| position(c) > *after))
-                .map(|c| (position(c), certificate_message(world, c)))
-                .filter(|(_, c)| request.node.is_empty() || c.owner == request.node)
-                .take(limit)
-                .collect();
-            let next = certificates.last().filter(|_| certificates.len() == limit);
-            let next_page_token = next.map(|(key, _)| hex::encode(key)).unwrap_or_default();
-            let certificates = certificates.into_iter().map(|(_, c)| c).collect();
-            Ok(pb::ListCertificatesResponse { certificates, next_page_token })
-        })
-    }
-
-    async fn list_history(
-        &self,
-        request: pb::ListCertificatesRequest,
-        after: Option<Vec<u8>>,
-        limit: usize,
-    ) -> Result<pb::ListCertificatesResponse, Problem> {
-        let history = self.history.clone();
+        let node = request.node.as_str();
+        let known = self.directory.read(|world| {
+            let name = mesh_core::NodeName::try_from(node).ok()?;
+            world.node_by_name(&name).map(|node| node.id)
+        });
+        // Names of nodes that are gone are found by reading on.
+        let scope = match (known, query.scope) {
+            (Some(id), Scope::All) => Scope::Node(id),
+            (_, scope) => scope,
+        };
+        let (history, query) = (self.history.clone(), Query { scope, ..query });
+        let asked = query.clone();
         let mut page = self
             .issuing
             .on_pool(move || {
                 history.catch_up();
-                history.certificates(after, limit)
+                history.certificates(&asked)
             })
             .await?;
-        let at = self.utc();
-        let within = super::seconds(request.expiring_within_secs);
         // What World still knows, it knows better: names of owners, and revocations of this second.
         self.directory.read(|world| {
             for certificate in &mut page.certificates {
@@ -165,14 +138,32 @@ impl Parts {
                 }
             }
         });
-        page.certificates.retain(|c| {
-            (request.node.is_empty() || c.owner == request.node)
-                && (within.is_zero() || UtcTime::from_unix(c.not_after) <= at + within)
-        });
+        page.certificates
+            .retain(|c| (node.is_empty() || c.owner == node) && query.states.contains(&state(c, query.now)));
         Ok(pb::ListCertificatesResponse {
             certificates: page.certificates,
             next_page_token: page.next.map(hex::encode).unwrap_or_default(),
         })
+    }
+
+    /// A node sees its own only, and those are few: they are all in World.
+    fn list_own(&self, caller: &Caller, query: &Query) -> pb::ListCertificatesResponse {
+        let mut certificates: Vec<pb::Certificate> = self.directory.read(|world| {
+            world
+                .certificates()
+                .filter(|certificate| may_see(caller, certificate))
+                .map(|certificate| certificate_message(world, certificate))
+                .filter(|c| query.states.contains(&state(c, query.now)))
+                .filter(|c| query.until.is_none_or(|until| c.not_after <= until.unix()))
+                .filter(|c| match &query.scope {
+                    Scope::Name(name) => c.name == *name || c.names.contains(name),
+                    _ => true,
+                })
+                .take(PAGE_SIZE_MAX)
+                .collect()
+        });
+        certificates.sort_by_key(|certificate| certificate.not_after);
+        pb::ListCertificatesResponse { certificates, next_page_token: String::new() }
     }
 
     async fn certificate(&self, caller: &Caller, serial: Serial) -> Result<pb::Certificate, Problem> {
@@ -280,9 +271,42 @@ fn serial(bytes: &[u8]) -> Result<Serial, Problem> {
     Serial::try_from(bytes).map_err(|error| Problem::usage(error.to_string()))
 }
 
-fn page_token(text: &str) -> Result<Option<Vec<u8>>, Problem> {
-    if text.is_empty() {
-        return Ok(None);
+/// A listing as it was asked for; the owner is looked up by the caller.
+fn query(request: &pb::ListCertificatesRequest, now: UtcTime) -> Result<Query, Problem> {
+    use pb::list_certificates_request::State as Asked;
+    let states = match (request.state(), request.include_ended) {
+        (Asked::Ok, _) | (Asked::Unspecified, false) => vec![State::Ok],
+        (Asked::Revoked, _) => vec![State::Revoked],
+        (Asked::Ended, _) => vec![State::Ended],
+        (Asked::Unspecified, true) => vec![State::Ok, State::Revoked, State::Ended],
+    };
+    let after = match request.page_token.as_str() {
+        "" => None,
+        text => Some(
+            hex::decode(text)
+                .ok()
+                .filter(|cursor| is_cursor(cursor))
+                .ok_or_else(|| Problem::usage("the page token is not one of ours"))?,
+        ),
+    };
+    if request.issuer.len() > ISSUER_DIGITS_MAX || !request.issuer.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(Problem::usage("an issuer is named by hexadecimal digits of its key id"));
     }
-    hex::decode(text).map(Some).map_err(|_| Problem::usage("the page token is not one of ours"))
+    let scope = match request.name.as_str() {
+        "" => Scope::All,
+        name if is_name(name) => Scope::Name(name.to_ascii_lowercase()),
+        _ => return Err(Problem::usage("this is no name of a certificate")),
+    };
+    Ok(Query {
+        scope,
+        states,
+        issuer: request.issuer.to_ascii_lowercase(),
+        until: (request.expiring_within_secs > 0).then(|| now + super::seconds(request.expiring_within_secs)),
+        now,
+        after,
+        limit: match usize::try_from(request.page_size).unwrap_or(PAGE_SIZE_MAX) {
+            0 => PAGE_SIZE_MAX,
+            size => size.min(PAGE_SIZE_MAX),
+        },
+    })
 }

@@ -27,6 +27,7 @@ pub(crate) fn certificate_message(world: &World, certificate: &CertificateState)
         reason,
         key_hash: certificate.key_hash.0.to_vec().into(),
         leaf: Default::default(),
+        issuer_key_id: certificate.issuer_key_id.0.clone().into(),
     }
 }
 
@@ -59,6 +60,7 @@ pub(crate) fn issued_message(domain: &str, certificate: &CertificateRecord) -> p
         reason: String::new(),
         key_hash: certificate.key_hash.0.to_vec().into(),
         leaf: Default::default(),
+        issuer_key_id: certificate.issuer_key_id.0.clone().into(),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::enroll::{Login, TokenClaim};
 use crate::limits::TOKEN_TTL;
 use crate::parts::Parts;
 use crate::status::Problem;
-use crate::token::{TokenFacts, TokenSecret, encode};
+use crate::token::{TokenFacts, encode};
 
 #[derive(Debug)]
 pub(crate) struct OperatorsService(pub(crate) Arc<Parts>);
@@ -29,7 +29,8 @@ impl pb::operators_server::Operators for OperatorsService {
             .parse()
             .map_err(|error: mesh_core::command::RoleError| Problem::usage(error.to_string()))?;
         let operation = super::operation(&request.operation_id)?;
-        let (token, secret) = (TokenId(mesh_runtime::random_bytes()), TokenSecret::draw());
+        let secret = self.0.token_secrets.secret(&caller.describe(), &operation);
+        let mut token = TokenId(mesh_runtime::random_bytes());
         let command = Command::AddOperator {
             name: name.clone(),
             role,
@@ -39,12 +40,17 @@ impl pb::operators_server::Operators for OperatorsService {
         };
         let committed = self.0.submit(&caller, operation, command).await?;
         if !committed.changed() {
-            return Err(Problem::new(
-                pb::ErrorCode::OperatorExists,
-                format!("operator {name} was added before; the token went out with the first answer"),
-                "remove the operator and add it again if that answer was lost",
-            )
-            .into());
+            let before = self.0.directory.read(|world| {
+                let login = world.operator(&name)?.login;
+                world.token(&login).filter(|token| token.secret_hash == secret.hash()).map(|token| token.id)
+            });
+            token = before.ok_or_else(|| {
+                Problem::new(
+                    pb::ErrorCode::OperatorExists,
+                    format!("operator {name} was added before; the token went out with the first answer"),
+                    "remove the operator and add it again if that answer was lost",
+                )
+            })?;
         }
         let facts = TokenFacts { kind: pb::join_token::Kind::Operator, ..self.0.token_facts.clone() };
         Ok(Response::new(pb::AddOperatorResponse { token: encode(&facts, &token, &secret) }))

@@ -2,7 +2,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_core::{Command, Tag, TokenId};
+use mesh_core::world::{Outcome, Token};
+use mesh_core::{Command, OperationId, Tag, TokenId};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
@@ -85,7 +86,8 @@ impl Parts {
         if uses > TOKEN_USES_MAX {
             return Err(Problem::usage(format!("a token has at most {TOKEN_USES_MAX} uses")));
         }
-        let (id, secret) = (TokenId(mesh_runtime::random_bytes()), TokenSecret::draw());
+        let secret = self.token_secrets.secret(&caller.describe(), &operation);
+        let id = TokenId(mesh_runtime::random_bytes());
         let command = Command::CreateToken {
             id,
             secret_hash: secret.hash(),
@@ -96,19 +98,44 @@ impl Parts {
             require_approval: request.require_approval,
         };
         let committed = self.submit(caller, operation, command).await?;
-        if !committed.changed() {
-            // The secret of the first answer is nowhere any more; only its hash was kept.
-            return Err(Problem::new(
-                pb::ErrorCode::TokenNotFound,
-                "this operation created a token whose secret went out with the first answer",
-                "create another token; revoke the first if its answer was lost",
-            ));
-        }
+        let id = match committed.changed() {
+            true => id,
+            false => self.token_of(&operation, &secret)?,
+        };
         let now = self.utc();
         let info =
             self.directory.read(|world| world.token(&id).map(|token| token_message(world, token, now)));
         Ok(pb::CreateTokenResponse { token: encode(&self.token_facts, &id, &secret), info })
     }
+}
+
+impl Parts {
+    /// The token that `operation` made before, if `secret` is still its secret.
+    fn token_of(&self, operation: &OperationId, secret: &TokenSecret) -> Result<TokenId, Problem> {
+        let made = self.directory.read(|world| match world.operation(operation)?.outcome {
+            Outcome::Token(id) => world.token(&id).cloned(),
+            _ => None,
+        });
+        let is_same = |token: &Token| token.secret_hash == secret.hash();
+        match made {
+            Some(token) if is_same(&token) => Ok(token.id),
+            Some(token) => Err(answer_gone(&token.id)),
+            None => Err(Problem::new(
+                pb::ErrorCode::TokenNotFound,
+                "the token that this operation created has ended",
+                "create another token",
+            )),
+        }
+    }
+}
+
+/// The controller was restarted since: only the hash of the secret is left.
+pub(crate) fn answer_gone(id: &TokenId) -> Problem {
+    Problem::new(
+        pb::ErrorCode::TokenAnswerGone,
+        format!("token {id} was created by this operation; its secret went out with the first answer"),
+        format!("`meshctl token revoke {id}`, then create another"),
+    )
 }
 
 pub(crate) fn tags(texts: &[String]) -> Result<BTreeSet<Tag>, Problem> {

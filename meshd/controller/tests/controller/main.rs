@@ -1,5 +1,6 @@
 //! The controller over loopback: real TLS, real gRPC, real journal, one process.
 
+mod agreement;
 mod enrollment;
 mod harness;
 mod journal;

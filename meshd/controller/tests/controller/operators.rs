@@ -218,3 +218,40 @@ async fn tokens_are_listed_without_their_secret_and_end_when_revoked() {
     assert_eq!(code(&tokens.create(long).await.unwrap_err()), ErrorCode::Usage);
     running.stop().await.unwrap();
 }
+
+/// An answer that got lost on the way: the same request is answered alike, though no secret is kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_asked_for_again_is_the_same_until_the_controller_restarts() {
+    use pb::tokens_client::TokensClient;
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let join = || pb::CreateTokenRequest { operation_id: vec![7; 16].into(), ..Default::default() };
+    let operator = || pb::AddOperatorRequest {
+        name: "alice".into(),
+        role: "admin".into(),
+        operation_id: vec![8; 16].into(),
+    };
+    let mut tokens = TokensClient::new(running.local().await);
+    let mut operators = OperatorsClient::new(running.local().await);
+    let first = tokens.create(join()).await.unwrap().into_inner();
+    let login = operators.add(operator()).await.unwrap().into_inner().token;
+    assert_eq!(tokens.create(join()).await.unwrap().into_inner(), first);
+    assert_eq!(operators.add(operator()).await.unwrap().into_inner().token, login);
+    assert_eq!(tokens.list(pb::Empty {}).await.unwrap().into_inner().tokens.len(), 2);
+    // Somebody else who has learned the operation's id gets nothing.
+    let mallory = self::login(&running, "mallory", "admin").await;
+    let mut theirs = TokensClient::new(running.member(&mallory).await);
+    assert_eq!(code(&theirs.create(join()).await.unwrap_err()), ErrorCode::Usage);
+    // It is a token that works.
+    let candidate = crate::harness::Candidate::new("alpha");
+    candidate.enroll(running.stranger().await, &JoinToken::parse(&first.token)).await.unwrap();
+    running.stop().await.unwrap();
+
+    let running = mesh.start().await;
+    let mut tokens = TokensClient::new(running.local().await);
+    let refused = tokens.create(join()).await.unwrap_err();
+    assert_eq!(code(&refused), ErrorCode::TokenAnswerGone);
+    let mut operators = OperatorsClient::new(running.local().await);
+    assert_eq!(code(&operators.add(operator()).await.unwrap_err()), ErrorCode::OperatorExists);
+    running.stop().await.unwrap();
+}

@@ -56,6 +56,9 @@ pub(crate) struct Identity {
     /// The leaf's own issuer first.
     pub(crate) issuers: Vec<Der>,
     pub(crate) roots: Vec<Der>,
+    /// When the controller wants it renewed (UTC seconds); 0 if it did not say.
+    #[serde(default)]
+    pub(crate) renew_at: i64,
     /// PKCS #8.
     pub(crate) tls_key: Secret,
     /// 32 bytes each, newest first.

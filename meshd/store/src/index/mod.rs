@@ -22,6 +22,8 @@ pub enum Table {
     CertificateByExpiry = 3,
     AuditBySeq = 4,
     AuditByTime = 5,
+    CertificateByOwner = 6,
+    CertificateByName = 7,
 }
 
 /// A change of one entry; no value removes it.
@@ -64,6 +66,8 @@ pub enum IndexError {
     ValueTooLarge { bytes: usize },
     #[error("there is no index")]
     Absent,
+    #[error("the index has another layout")]
+    Layout,
     #[error("cannot {attempt} the index")]
     Database { attempt: &'static str, source: ::sled::Error },
     #[error("the index failed to {attempt}")]

@@ -32,6 +32,9 @@ const FLUSH_EVERY_MILLIS: u64 = 500;
 /// Keys of ours, apart from every table's.
 const META: u8 = 0;
 const APPLIED_KEY: &[u8] = &[META, b'a'];
+const LAYOUT_KEY: &[u8] = &[META, b'v'];
+/// What the tables hold. An index of another layout is made anew from the journal.
+const LAYOUT: u8 = 2;
 /// Name of the folder that an unusable index is moved to; one is kept, for whoever wants to know why.
 const QUARANTINE: &str = "quarantined";
 
@@ -227,8 +230,15 @@ fn open(folder: &Path) -> Result<(Db, Head), IndexError> {
         .flush_every_ms(Some(FLUSH_EVERY_MILLIS));
     let db = guarded("open", || config.open())?;
     let applied = guarded("read from", || db.get(APPLIED_KEY))?;
+    let layout = guarded("read from", || db.get(LAYOUT_KEY))?;
+    if applied.is_some() && layout.as_deref() != Some(&[LAYOUT]) {
+        return Err(IndexError::Layout);
+    }
     let applied = match applied {
-        None => Head::EMPTY,
+        None => {
+            guarded("write to", || db.insert(LAYOUT_KEY, &[LAYOUT]))?;
+            Head::EMPTY
+        }
         Some(bytes) => decode_head(&bytes).ok_or(IndexError::Database {
             attempt: "read from",
             source: sled::Error::ReportableBug("the applied head is malformed".to_owned()),

@@ -1,0 +1,205 @@
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use mesh_core::{DnsName, KeyHash, KeyId};
+use mesh_store::Head;
+
+use super::*;
+
+const NOW: UtcTime = UtcTime(1_795_363_200);
+const DAY: i64 = 86_400;
+
+/// Certificate `number` of a fleet in which node n has a service `s<n>.mesh.internal`; it ends at `end`.
+fn record(number: u32, node: u32, end: i64) -> CertificateRecord {
+    let mut serial = [0x41; 16];
+    serial[..4].copy_from_slice(&number.wrapping_mul(0x9E37_79B9).to_be_bytes());
+    serial[4..8].copy_from_slice(&number.to_be_bytes());
+    let name = format!("s{node}.mesh.internal");
+    CertificateRecord {
+        serial: Serial(serial),
+        key_hash: KeyHash([1; 32]),
+        owner: Owner::Service { node: NodeId(node), name: name.clone() },
+        profile: "server".into(),
+        names: vec![DnsName::try_from(name.as_str()).unwrap()],
+        ips: vec![],
+        pair_name: name,
+        shard: 0,
+        not_before: UtcTime(end - 3 * DAY),
+        not_after: UtcTime(end),
+        issuer_key_id: KeyId(vec![if number % 2 == 0 { 0xaa } else { 0xbb }; 20]),
+        der: vec![],
+    }
+}
+
+fn query() -> Query {
+    Query {
+        scope: Scope::All,
+        states: vec![State::Ok],
+        issuer: String::new(),
+        until: None,
+        now: NOW,
+        after: None,
+        limit: 7,
+    }
+}
+
+/// An index of 100 certificates of ten nodes, one of which ends each hour around `NOW`; every tenth is revoked.
+fn filled(folder: &std::path::Path) -> (Index, Vec<CertificateRecord>) {
+    let mut index = Index::open(folder);
+    let records: Vec<_> = (0..100).map(|n| record(n, n % 10, NOW.0 + (i64::from(n) - 50) * 3600)).collect();
+    let mut ops: Vec<IndexOp> = records.iter().flat_map(|r| issued_ops("mesh.internal", 1, r)).collect();
+    for revoked in records.iter().step_by(10) {
+        let revocation =
+            pb::Certificate { revoked_at: NOW.0 - 1, reason: "superseded".into(), ..Default::default() };
+        let key = [&revoked.serial.0[..], &[REVOKED_SUFFIX]].concat();
+        ops.push(IndexOp::insert(Table::CertificateBySerial, key, revocation.encode_to_vec()));
+    }
+    index.apply(&Head { seq: 1, hash: [1; 32] }, &ops).unwrap();
+    (index, records)
+}
+
+/// Every page, one after the other.
+fn all(index: &Index, mut query: Query) -> Vec<Serial> {
+    let mut found = Vec::new();
+    loop {
+        let page = find(index, &query).unwrap();
+        assert!(page.certificates.len() <= query.limit);
+        found.extend(page.certificates.iter().map(|c| Serial::try_from(&*c.serial).unwrap()));
+        let Some(next) = page.next else { return found };
+        assert!(is_cursor(&next) && serial_of(&next).is_some());
+        assert_ne!(query.after.as_ref(), Some(&next), "a cursor goes on");
+        query.after = Some(next);
+    }
+}
+
+#[test]
+fn pages_are_what_a_plain_scan_finds() {
+    let folder = tempfile::tempdir().unwrap();
+    let (index, records) = filled(folder.path());
+    let revoked: BTreeSet<Serial> = records.iter().step_by(10).map(|r| r.serial).collect();
+    let state_of = |r: &CertificateRecord| match revoked.contains(&r.serial) {
+        true => State::Revoked,
+        false if r.not_after > NOW => State::Ok,
+        false => State::Ended,
+    };
+    let everything = vec![State::Ok, State::Revoked, State::Ended];
+    let soon = Some(UtcTime(NOW.0 + 24 * 3600));
+    let scopes =
+        [Scope::All, Scope::Node(NodeId(3)), Scope::Name("S4.mesh.internal".into()), Scope::Node(NodeId(77))];
+    for scope in scopes {
+        for states in
+            [vec![State::Ok], vec![State::Revoked, State::Ended], vec![State::Ended], everything.clone()]
+        {
+            for (until, issuer) in [(None, ""), (soon, ""), (None, "aa"), (soon, "bbbb"), (None, "cc")] {
+                let query = Query {
+                    scope: scope.clone(),
+                    states: states.clone(),
+                    until,
+                    issuer: issuer.into(),
+                    ..query()
+                };
+                let expected: BTreeSet<Serial> = records
+                    .iter()
+                    .filter(|r| match &scope {
+                        Scope::All => true,
+                        Scope::Node(id) => matches!(r.owner, Owner::Service { node, .. } if node == *id),
+                        Scope::Name(name) => r.pair_name.eq_ignore_ascii_case(name),
+                    })
+                    .filter(|r| states.contains(&state_of(r)))
+                    .filter(|r| until.is_none_or(|until| r.not_after <= until))
+                    .filter(|r| hex::encode(&r.issuer_key_id.0).starts_with(issuer))
+                    .map(|r| r.serial)
+                    .collect();
+                let found = all(&index, query.clone());
+                assert_eq!(found.iter().copied().collect::<BTreeSet<_>>(), expected, "{query:?}");
+                assert_eq!(found.len(), expected.len(), "none twice: {query:?}");
+            }
+        }
+    }
+    let soonest = find(&index, &query()).unwrap().certificates;
+    assert!(soonest.is_sorted_by_key(|c| c.not_after) && soonest[0].not_after > NOW.0);
+}
+
+#[test]
+fn what_ended_long_ago_leaves_every_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut index, records) = filled(folder.path());
+    let before = UtcTime(NOW.0 - 20 * 3600);
+    let old = records.iter().filter(|r| r.not_after < before).count();
+    assert_eq!((old, purge(&mut index, before).unwrap()), (30, 30));
+    assert_eq!(purge(&mut index, before).unwrap(), 0);
+    assert_eq!(index.applied().seq, 1);
+    let everything = Query { states: vec![State::Ok, State::Revoked, State::Ended], ..query() };
+    assert_eq!(all(&index, everything).len(), 70);
+    let tables = [
+        (Table::CertificateBySerial, 70 + 7), // with seven revocations
+        (Table::CertificateByIdentity, 70),
+        (Table::CertificateByExpiry, 70),
+        (Table::CertificateByOwner, 70),
+        (Table::CertificateByName, 70),
+    ];
+    for (table, expected) in tables {
+        let page = Page { limit: 1_000, ..Page::default() };
+        assert_eq!(index.page(table, &page).unwrap().len(), expected, "{table:?}");
+    }
+}
+
+/// `cert ls --expiring 24h` among a million certificates: 100 ms. Run by `make bench-inventory`.
+#[test]
+#[ignore = "fills a million entries: minutes"]
+fn a_million_certificates_are_listed_in_a_moment() {
+    const CERTIFICATES: u32 = 1_000_000;
+    let folder = tempfile::tempdir().unwrap();
+    let mut index = Index::open(folder.path());
+    let filling = Instant::now();
+    for first in (0..CERTIFICATES).step_by(500) {
+        // Ten thousand nodes; the ends lie evenly in the 90 days around now.
+        let ops: Vec<IndexOp> = (first..first + 500)
+            .flat_map(|n| {
+                let spread = i64::from(n.wrapping_mul(0x9E37_79B9) >> 9) % (90 * DAY);
+                issued_ops(
+                    "mesh.internal",
+                    u64::from(n) + 1,
+                    &record(n, n % 10_000, NOW.0 - 30 * DAY + spread),
+                )
+            })
+            .collect();
+        index.apply(&Head { seq: u64::from(first) + 500, hash: [1; 32] }, &ops).unwrap();
+    }
+    println!("filled {CERTIFICATES} in {:.1?}", filling.elapsed());
+    let soon = Query { until: Some(UtcTime(NOW.0 + DAY)), limit: PAGE_SIZE_MAX, ..query() };
+    let cases = [
+        ("expiring within 24 h, first page", soon.clone(), true),
+        ("expiring within 24 h, all", soon.clone(), false),
+        (
+            "of one node, all",
+            Query { scope: Scope::Node(NodeId(77)), limit: PAGE_SIZE_MAX, ..query() },
+            false,
+        ),
+        (
+            "of one name, all",
+            Query { scope: Scope::Name("s77.mesh.internal".into()), limit: PAGE_SIZE_MAX, ..query() },
+            false,
+        ),
+        ("of one issuer, first page", Query { issuer: "aa".into(), limit: PAGE_SIZE_MAX, ..query() }, true),
+        ("ended, first page", Query { states: vec![State::Ended], limit: PAGE_SIZE_MAX, ..query() }, true),
+    ];
+    for (what, query, first_page) in cases {
+        let mut times: Vec<Duration> = Vec::new();
+        let mut count = 0;
+        for _ in 0..7 {
+            let start = Instant::now();
+            count = if first_page {
+                find(&index, &query).unwrap().certificates.len()
+            } else {
+                all(&index, query.clone()).len()
+            };
+            times.push(start.elapsed());
+        }
+        times.sort();
+        println!("{what}: {count} in {:.1?} (median of 7; first {:.1?})", times[3], times[6]);
+        if what.starts_with("expiring within 24 h, first") {
+            assert!(times[3] < Duration::from_millis(100), "{:?}", times[3]);
+        }
+    }
+}
