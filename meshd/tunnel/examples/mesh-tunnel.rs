@@ -10,8 +10,7 @@
 //!   WG_PEERS             peers separated by ';', each: KEY [endpoint=IP:PORT] [allowed-ips=A,B] [keepalive=SECONDS]
 //! ```
 //!
-//! It prints `listening on PORT as PUBLICKEY` once it is ready, and then its events. `wg show` and
-//! `wg set` work on it, but for the port and the mark.
+//! It prints `listening on PORT as PUBLICKEY` once it is ready, and then its events. All of `wg` works on it.
 
 use std::env;
 use std::error::Error;

@@ -1,10 +1,13 @@
-//! The userspace engine: what its three threads share, and the calls that change it.
+//! The userspace engine: what its threads share, and the calls that change it.
 //!
 //! | thread | does |
 //! |---|---|
-//! | outbound | interface → encrypt → socket; the only one that sends inner packets, so their order holds |
+//! | outbound | interface → encrypt → socket; the only one that sends a flow's packets, so their order holds |
 //! | inbound | socket → decrypt, check the inner source → interface; passes handshakes on |
 //! | housekeeper | handshakes (they cost 0.2 ms each), timers, retries, keepalives |
+//!
+//! On four cores and more there are several queues, each with an outbound and an inbound thread: the kernel
+//! keeps a flow on one queue of the interface and a sender at one socket, so their order holds too.
 //!
 //! Calls from outside never send: they change state and wake a thread. Locks are taken in the order
 //! control, registry, peer, and none is held across a system call.
@@ -13,7 +16,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -32,8 +35,8 @@ use crate::peer::{Notes, Peer};
 use crate::quiescence::Quiescence;
 use crate::registry::Registry;
 use crate::tun::Tun;
-use crate::tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel};
-use crate::udp::Udp;
+use crate::tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tuning, Tunnel};
+use crate::udp::{Settings, Udp, UdpCell};
 use crate::wake::Wake;
 
 /// Handshake messages per second before cookies are asked for: with few peers, for each peer, and at most.
@@ -47,6 +50,9 @@ const GREETED_AT_ONCE: usize = 32;
 const GREETING_SPREAD_PER_PEER: Duration = Duration::from_micros(300);
 const GREETING_SPREAD_MAX: Duration = Duration::from_millis(333);
 
+/// How often a call that waits for sockets looks whether the tunnel is closed.
+const BIND_WAIT: Duration = Duration::from_millis(100);
+
 /// What the threads and the calls share.
 pub(crate) struct Shared {
     registry: RwLock<Registry>,
@@ -55,11 +61,9 @@ pub(crate) struct Shared {
     control: Mutex<()>,
     pub(crate) events: Arc<Queue>,
     pub(crate) counters: CounterCells,
-    pub(crate) outbound: Wake,
-    pub(crate) inbound: Wake,
+    pub(crate) queues: Vec<QueueCells>,
     pub(crate) housekeeper: Wake,
-    /// Whether the inbound thread is inside a batch.
-    pub(crate) quiescence: Quiescence,
+    pub(crate) udp: UdpCell,
     /// Takes datagrams that are not WireGuard's.
     pub(crate) foreign: SinkCell,
     /// What came from virtual endpoints; for the inbound thread.
@@ -70,26 +74,48 @@ pub(crate) struct Shared {
     urgent: Mutex<Vec<Arc<Peer>>>,
     /// Peers that have begun to use our second key; for the housekeeper.
     arrived: Mutex<Vec<PublicKey>>,
+    /// Sockets that are asked for; for the housekeeper.
+    to_bind: Mutex<Option<Binding>>,
     stop: AtomicBool,
 }
 
+/// A request for sockets, and who waits for them.
+struct Binding {
+    settings: Settings,
+    answer: SyncSender<Result<Vec<Arc<Udp>>, TunnelError>>,
+}
+
+/// What wakes and watches the two threads of one queue.
+pub(crate) struct QueueCells {
+    pub(crate) outbound: Wake,
+    pub(crate) inbound: Wake,
+    /// Whether the inbound thread is inside a batch.
+    pub(crate) quiescence: Quiescence,
+}
+
+impl QueueCells {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { outbound: Wake::new()?, inbound: Wake::new()?, quiescence: Quiescence::default() })
+    }
+}
+
 impl Shared {
-    fn new(private_key: PrivateKey) -> std::io::Result<Self> {
+    fn new(private_key: PrivateKey, queues: usize) -> std::io::Result<Self> {
         Ok(Self {
             registry: RwLock::new(Registry::new()),
             identities: RwLock::new(Identities::new(private_key, HANDSHAKES_PER_SECOND_MIN)),
             control: Mutex::default(),
             events: Arc::default(),
             counters: CounterCells::default(),
-            outbound: Wake::new()?,
-            inbound: Wake::new()?,
+            queues: (0..queues).map(|_| QueueCells::new()).collect::<Result<_, _>>()?,
             housekeeper: Wake::new()?,
-            quiescence: Quiescence::default(),
+            udp: UdpCell::default(),
             foreign: SinkCell::default(),
             detoured: Waiting::default(),
             ready: Mutex::default(),
             urgent: Mutex::default(),
             arrived: Mutex::default(),
+            to_bind: Mutex::default(),
             stop: AtomicBool::new(false),
         })
     }
@@ -124,9 +150,20 @@ impl Shared {
             None => tracing::debug!("tunnel closed"),
         }
         self.events.push(TunnelEvent::Stopped { error });
-        for thread in [&self.outbound, &self.inbound, &self.housekeeper] {
-            thread.wake();
+        self.wake_queues();
+        self.housekeeper.wake();
+    }
+
+    fn wake_queues(&self) {
+        for queue in &self.queues {
+            queue.outbound.wake();
+            queue.inbound.wake();
         }
+    }
+
+    /// Returns once no packet is on its way to the interface that was decrypted before the call.
+    fn wait_for_batches(&self) {
+        self.queues.iter().for_each(|queue| queue.quiescence.wait());
     }
 
     /// Passes on what a peer's state machine has to tell.
@@ -157,7 +194,7 @@ impl Shared {
         }
         if notes.backlog_ready {
             lock(&self.ready).push(peer.clone());
-            self.outbound.wake();
+            self.queues[0].outbound.wake();
         }
     }
 
@@ -172,6 +209,13 @@ impl Shared {
 
     pub(crate) fn take_arrived(&self) -> Vec<PublicKey> {
         std::mem::take(&mut *lock(&self.arrived))
+    }
+
+    /// Binds the sockets that somebody waits for, if so.
+    pub(crate) fn bind_if_asked(&self) {
+        let Some(Binding { settings, answer }) = lock(&self.to_bind).take() else { return };
+        // It fails only if nobody waits any more.
+        let _ = answer.send(Udp::bind(&settings));
     }
 
     /// Sends through the second key of ours from now on, as the peer does.
@@ -194,46 +238,55 @@ impl Shared {
 /// The engine behind [`Tunnel`].
 pub(crate) struct Userspace {
     name: String,
-    port: u16,
     shared: Arc<Shared>,
     offloads: Arc<OffloadCells>,
-    /// `None` once closed, so that the port is free then.
-    udp: Mutex<Option<Arc<Udp>>>,
     virtual_out: Arc<SinkCell>,
+    /// What the sockets in use were made from, with the port they have.
+    sockets: Mutex<Settings>,
+    /// Serialises changes of port and mark. Not `control`: the thread that binds may wait for that.
+    rebinding: Mutex<()>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Userspace {
-    pub(crate) fn open(config: TunnelConfig, wanted: Offloads) -> Result<Self, TunnelError> {
+    pub(crate) fn open(config: TunnelConfig, tuning: Tuning) -> Result<Self, TunnelError> {
         config.check()?;
-        let shared = Shared::new(config.private_key)
+        let queues = tuning.queues();
+        let shared = Shared::new(config.private_key, queues)
             .map_err(|source| TunnelError::System { action: "make an event descriptor", source })?;
         let shared = Arc::new(shared);
         let (offloads, virtual_out) = (Arc::<OffloadCells>::default(), Arc::<SinkCell>::default());
-        let udp = Arc::new(Udp::bind(
-            config.listen_port,
-            config.fwmark,
-            wanted,
-            offloads.clone(),
-            virtual_out.clone(),
-        )?);
-        let tun = Arc::new(Tun::create(&config.interface, wanted, offloads.clone())?);
-        tun.bring_up(config.mtu)?;
+        let mut settings = Settings {
+            port: config.listen_port,
+            fwmark: config.fwmark.filter(|mark| *mark != 0),
+            queues,
+            wanted: tuning.offloads,
+            offloads: offloads.clone(),
+            virtual_out: virtual_out.clone(),
+        };
+        let sockets = Udp::bind(&settings)?;
+        settings.port = sockets[0].port();
+        shared.udp.set(sockets.clone());
+        let tuns = Tun::create(&config.interface, queues, tuning.offloads, &offloads)?;
+        tuns[0].bring_up(config.mtu)?;
         let engine = Self {
-            name: tun.name().to_owned(),
-            port: udp.port(),
+            name: tuns[0].name().to_owned(),
             shared: shared.clone(),
             offloads,
-            udp: Mutex::new(Some(udp.clone())),
             virtual_out,
+            sockets: Mutex::new(settings),
+            rebinding: Mutex::default(),
             threads: Mutex::default(),
         };
         let (pass_on, handshakes) = sync_channel(HANDSHAKES_WAITING_MAX);
-        let outbound = Outbound::new(shared.clone(), tun.clone(), udp.clone(), config.mtu);
-        let inbound = Inbound::new(shared.clone(), tun, udp.clone(), pass_on);
-        let housekeeper = Housekeeper::new(shared, udp, handshakes);
-        engine.spawn("outbound", move || outbound.run())?;
-        engine.spawn("inbound", move || inbound.run())?;
+        for ((queue, tun), udp) in tuns.into_iter().enumerate().zip(sockets) {
+            let tun = Arc::new(tun);
+            let outbound = Outbound::new(shared.clone(), queue, tun.clone(), udp.clone(), config.mtu);
+            let inbound = Inbound::new(shared.clone(), queue, tun, udp, pass_on.clone());
+            engine.spawn("outbound", move || outbound.run())?;
+            engine.spawn("inbound", move || inbound.run())?;
+        }
+        let housekeeper = Housekeeper::new(shared, handshakes);
         engine.spawn("housekeeper", move || housekeeper.run())?;
         Ok(engine)
     }
@@ -263,6 +316,21 @@ impl Userspace {
     fn change(&self) -> Result<MutexGuard<'_, ()>, TunnelError> {
         let guard = lock(&self.shared.control);
         if self.shared.is_stopped() { Err(TunnelError::Closed) } else { Ok(guard) }
+    }
+
+    /// Binds sockets in the network namespace that the tunnel was opened in, where its threads still are;
+    /// the caller may be anywhere.
+    fn bind_at_home(&self, settings: Settings) -> Result<Vec<Arc<Udp>>, TunnelError> {
+        let (answer, answered) = sync_channel(1);
+        *lock(&self.shared.to_bind) = Some(Binding { settings, answer });
+        self.shared.housekeeper.wake();
+        loop {
+            match answered.recv_timeout(BIND_WAIT) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) if !self.shared.is_stopped() => {}
+                Err(_) => return Err(TunnelError::Closed),
+            }
+        }
     }
 
     fn find(&self, key: &PublicKey) -> Option<Arc<Peer>> {
@@ -327,7 +395,40 @@ impl Tunnel for Userspace {
     }
 
     fn listen_port(&self) -> u16 {
-        self.port
+        lock(&self.sockets).port
+    }
+
+    fn set_listen_port(&self, port: u16) -> Result<u16, TunnelError> {
+        let _one_at_a_time = lock(&self.rebinding);
+        let mut settings = lock(&self.sockets).clone();
+        if port == settings.port {
+            return Ok(port);
+        }
+        settings.port = port;
+        let sockets = self.bind_at_home(settings.clone())?;
+        settings.port = sockets[0].port();
+        let given = settings.port;
+        *lock(&self.sockets) = settings;
+        self.shared.udp.set(sockets);
+        // Those who wait at the old sockets, and hold them open.
+        self.shared.wake_queues();
+        Ok(given)
+    }
+
+    fn fwmark(&self) -> Option<u32> {
+        lock(&self.sockets).fwmark
+    }
+
+    fn set_fwmark(&self, mark: Option<u32>) -> Result<(), TunnelError> {
+        let _one_at_a_time = lock(&self.rebinding);
+        let mark = mark.filter(|mark| *mark != 0);
+        self.shared.udp.all().iter().try_for_each(|udp| udp.set_mark(mark.unwrap_or(0)))?;
+        lock(&self.sockets).fwmark = mark;
+        Ok(())
+    }
+
+    fn private_key(&self) -> Option<PrivateKey> {
+        Some(self.shared.identities().current.private.clone())
     }
 
     fn public_key(&self) -> PublicKey {
@@ -388,7 +489,7 @@ impl Tunnel for Userspace {
         let removed = self.shared.registry_mut().remove(key);
         self.retire(&removed);
         // A packet that was decrypted a moment ago may still be on its way to the interface.
-        self.shared.quiescence.wait();
+        self.shared.wait_for_batches();
         !removed.is_empty()
     }
 
@@ -414,7 +515,7 @@ impl Tunnel for Userspace {
         for peer in &peers {
             peer.lock().renew(&own.current, Instant::now() + greeting_delay(peers.len()));
         }
-        self.shared.quiescence.wait();
+        self.shared.wait_for_batches();
         self.shared.housekeeper.wake();
         Ok(())
     }
@@ -456,7 +557,7 @@ impl Tunnel for Userspace {
                 state.want_initiation();
             }
         }
-        self.shared.quiescence.wait();
+        self.shared.wait_for_batches();
         self.shared.housekeeper.wake();
         true
     }
@@ -464,7 +565,7 @@ impl Tunnel for Userspace {
     fn drop_next_key(&self) -> bool {
         let _control = lock(&self.shared.control);
         let dropped = self.forget_next_key();
-        self.shared.quiescence.wait();
+        self.shared.wait_for_batches();
         dropped
     }
 
@@ -513,7 +614,7 @@ impl Tunnel for Userspace {
     }
 
     fn send_raw(&self, datagram: &[u8], to: SocketAddr) -> Result<(), TunnelError> {
-        let udp = lock(&self.udp).clone().ok_or(TunnelError::Closed)?;
+        let udp = self.shared.udp.get(0).ok_or(TunnelError::Closed)?;
         udp.send_now(datagram, packet::unmapped(to))
             .map_err(|source| TunnelError::Socket { action: "send a datagram", source })
     }
@@ -532,7 +633,7 @@ impl Tunnel for Userspace {
         let taken =
             is_virtual(from) && !self.shared.is_stopped() && self.shared.detoured.push(datagram, from);
         if taken {
-            self.shared.inbound.wake();
+            self.shared.queues[0].inbound.wake();
         } else {
             count(&self.shared.counters.rx_virtual_dropped);
         }
@@ -562,7 +663,7 @@ impl Tunnel for Userspace {
     fn close(&self) {
         self.shared.stop(None);
         // The threads own the interface and the sockets: with the last of them all are gone.
-        *lock(&self.udp) = None;
+        self.shared.udp.set(Vec::new());
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             let _ = thread.join();
         }
@@ -580,7 +681,7 @@ impl fmt::Debug for Userspace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Userspace")
             .field("name", &self.name)
-            .field("port", &self.port)
+            .field("port", &self.listen_port())
             .finish_non_exhaustive()
     }
 }
@@ -631,6 +732,7 @@ counter_cells!(
     rx_interface_errors,
     rx_foreign,
     rx_virtual_dropped,
+    tx_waiting_dropped,
 );
 
 fn is_usable(endpoint: SocketAddr) -> bool {

@@ -15,7 +15,6 @@ use crate::identity::Identity;
 use crate::key::PublicKey;
 use crate::packet::{INITIATION_BYTES, Message};
 use crate::peer::{BUFFER_BYTES, Notes, Outgoing, Peer};
-use crate::udp::Udp;
 use crate::wake::{self, READABLE};
 
 /// Handshake messages that may wait. At 0.25 ms each this is a quarter of a second of work.
@@ -50,15 +49,14 @@ impl Handshake {
 
 pub(crate) struct Housekeeper {
     shared: Arc<Shared>,
-    udp: Arc<Udp>,
     handshakes: Receiver<Handshake>,
     peers: Vec<Arc<Peer>>,
     datagram: Vec<u8>,
 }
 
 impl Housekeeper {
-    pub(crate) fn new(shared: Arc<Shared>, udp: Arc<Udp>, handshakes: Receiver<Handshake>) -> Self {
-        Self { shared, udp, handshakes, peers: Vec::new(), datagram: vec![0; BUFFER_BYTES] }
+    pub(crate) fn new(shared: Arc<Shared>, handshakes: Receiver<Handshake>) -> Self {
+        Self { shared, handshakes, peers: Vec::new(), datagram: vec![0; BUFFER_BYTES] }
     }
 
     /// Runs until the tunnel stops; an error is the end of the tunnel.
@@ -74,6 +72,7 @@ impl Housekeeper {
             wake::wait(&mut [PollFd::new(shared.housekeeper.as_fd(), READABLE)], pause)
                 .map_err(|error| format!("cannot wait: {error}"))?;
             shared.housekeeper.clear();
+            shared.bind_if_asked();
             busy = self.answer_handshakes();
             for key in shared.take_arrived() {
                 shared.use_twin(&key);
@@ -166,7 +165,9 @@ impl Housekeeper {
     }
 
     fn send(&self, outgoing: Outgoing) {
-        if self.udp.send(&self.datagram[..outgoing.length], outgoing.to).is_err() {
+        // None: the tunnel is stopping.
+        let Some(udp) = self.shared.udp.get(0) else { return };
+        if udp.send(&self.datagram[..outgoing.length], outgoing.tos(), outgoing.to).is_err() {
             count(&self.shared.counters.tx_socket_errors);
         }
     }

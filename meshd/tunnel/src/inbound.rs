@@ -31,6 +31,7 @@ const ARENA_BYTES: usize = 2 * BUFFER_BYTES;
 
 pub(crate) struct Inbound {
     shared: Arc<Shared>,
+    queue: usize,
     udp: Arc<Udp>,
     handshakes: SyncSender<Handshake>,
     delivery: Delivery,
@@ -39,25 +40,32 @@ pub(crate) struct Inbound {
 impl Inbound {
     pub(crate) fn new(
         shared: Arc<Shared>,
+        queue: usize,
         tun: Arc<Tun>,
         udp: Arc<Udp>,
         handshakes: SyncSender<Handshake>,
     ) -> Self {
         let delivery = Delivery::new(shared.clone(), tun);
-        Self { shared, udp, handshakes, delivery }
+        Self { shared, queue, udp, handshakes, delivery }
     }
 
     /// Runs until the tunnel stops; an error is the end of the tunnel.
     pub(crate) fn run(mut self) -> Result<(), String> {
-        let (shared, udp) = (self.shared.clone(), self.udp.clone());
+        let shared = self.shared.clone();
+        let own = &shared.queues[self.queue];
         let mut received = Received::new();
         while !shared.is_stopped() {
-            let mut fds = vec![PollFd::new(shared.inbound.as_fd(), READABLE)];
+            // They may be exchanged at any time, with a wake-up.
+            let Some(udp) = shared.udp.get(self.queue) else { break };
+            self.udp = udp.clone();
+            let mut fds = vec![PollFd::new(own.inbound.as_fd(), READABLE)];
             fds.extend(udp.sockets().map(|socket| PollFd::new(socket.as_fd(), READABLE)));
             wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
             if wake::is_ready(&fds[0]) {
-                shared.inbound.clear();
-                self.detoured();
+                own.inbound.clear();
+                if self.queue == 0 {
+                    self.detoured();
+                }
             }
             for (socket, _) in udp.sockets().zip(&fds[1..]).filter(|(_, fd)| wake::is_ready(fd)) {
                 self.turn(socket, &mut received);
@@ -71,9 +79,10 @@ impl Inbound {
         for _ in 0..TURN {
             // An error here belongs to something sent earlier (ICMP); the socket lives on.
             let Ok(1..) = received.receive(socket) else { return };
-            let _batch = shared.quiescence.begin();
+            let _batch = shared.queues[self.queue].quiescence.begin();
             let now = Instant::now();
-            for (from, datagrams) in received.messages() {
+            for (from, tos, datagrams) in received.messages() {
+                self.delivery.congested = tos & packet::ECN_CE == packet::ECN_CE;
                 self.message(from, datagrams.peekable(), now);
             }
             self.delivery.flush();
@@ -84,7 +93,8 @@ impl Inbound {
     fn detoured(&mut self) {
         let shared = self.shared.clone();
         let datagrams = shared.detoured.take();
-        let _batch = shared.quiescence.begin();
+        let _batch = shared.queues[self.queue].quiescence.begin();
+        self.delivery.congested = false;
         let now = Instant::now();
         for (datagram, from) in &datagrams {
             self.message(*from, std::iter::once(datagram.as_slice()).peekable(), now);
@@ -174,6 +184,8 @@ struct Delivery {
     packets: Vec<Range<usize>>,
     /// The inner sources of the run in progress.
     sources: Vec<IpAddr>,
+    /// Whether the datagrams at hand have met congestion on their way.
+    congested: bool,
     plan: Plan,
 }
 
@@ -186,6 +198,7 @@ impl Delivery {
             used: 0,
             packets: Vec::new(),
             sources: Vec::new(),
+            congested: false,
             plan: Plan::default(),
         }
     }
@@ -205,6 +218,9 @@ impl Delivery {
             let Some(datagram) = datagrams.next_if(is_ours) else { break };
             match state.decrypt((datagram, from), &mut self.arena[self.used..], now, &mut notes) {
                 Decrypted::Packet { length, source } => {
+                    if self.congested {
+                        packet::set_congested(&mut self.arena[self.used..self.used + length]);
+                    }
                     self.packets.push(self.used..self.used + length);
                     self.sources.push(source);
                     self.used += length;

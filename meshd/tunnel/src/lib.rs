@@ -1,4 +1,5 @@
-//! A userspace WireGuard engine: one TUN interface, many peers, two UDP sockets, three threads.
+//! A userspace WireGuard engine: one TUN interface, many peers, one UDP port, three threads on
+//! two cores and more on more.
 //!
 //! The crate is a library of its own: it knows nothing of the mesh it was written for, starts no async
 //! runtime and opens nothing but `/dev/net/tun` and its UDP port. The Noise handshake and the
@@ -64,5 +65,7 @@ pub use detour::{DatagramSink, VIRTUAL_NETWORK, is_virtual};
 pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
-pub use tunnel::{BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel, open, open_with};
+pub use tunnel::{
+    BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tuning, Tunnel, open, open_tuned, open_with,
+};
 pub use uapi::{Uapi, UapiAccess};

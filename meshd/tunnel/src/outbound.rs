@@ -25,6 +25,7 @@ const BATCH_DATAGRAMS: usize = 64;
 
 pub(crate) struct Outbound {
     shared: Arc<Shared>,
+    queue: usize,
     tun: Arc<Tun>,
     udp: Arc<Udp>,
     mtu: usize,
@@ -39,10 +40,11 @@ pub(crate) struct Outbound {
 }
 
 impl Outbound {
-    pub(crate) fn new(shared: Arc<Shared>, tun: Arc<Tun>, udp: Arc<Udp>, mtu: u16) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, queue: usize, tun: Arc<Tun>, udp: Arc<Udp>, mtu: u16) -> Self {
         let buffer = || vec![0; BUFFER_BYTES];
         Self {
             shared,
+            queue,
             tun,
             udp,
             mtu: mtu.into(),
@@ -59,13 +61,16 @@ impl Outbound {
         let shared = self.shared.clone();
         while !shared.is_stopped() {
             let woken = {
-                let wake = PollFd::new(shared.outbound.as_fd(), READABLE);
+                let wake = PollFd::new(shared.queues[self.queue].outbound.as_fd(), READABLE);
                 let mut fds = [wake, PollFd::new(self.tun.as_fd(), READABLE)];
                 wake::wait(&mut fds, PollTimeout::NONE).map_err(|error| format!("cannot wait: {error}"))?;
                 wake::is_ready(&fds[0])
             };
             if woken {
-                shared.outbound.clear();
+                shared.queues[self.queue].outbound.clear();
+                // The sockets may have been exchanged.
+                let Some(udp) = shared.udp.get(self.queue) else { break };
+                self.udp = udp;
                 for peer in shared.take_ready() {
                     self.send_waiting(&peer, Instant::now());
                 }
@@ -120,8 +125,9 @@ impl Outbound {
             return count(&counters.tx_malformed);
         };
         self.send_waiting(&peer, now);
+        let tos = packet::outer_tos(segments.packet());
         while segments.next_length().is_some() {
-            if let Some(handshake) = self.fill(&peer, &mut segments, now) {
+            if let Some(handshake) = self.fill(&peer, &mut segments, tos, now) {
                 self.send_single(handshake);
             } else if segments.next_length().is_some() {
                 self.flush();
@@ -143,7 +149,7 @@ impl Outbound {
 
     /// Encrypts segments into the batch until it is full, or something came out that is not data (in the
     /// single buffer; send it and call again), or all are done.
-    fn fill(&mut self, peer: &Peer, segments: &mut Segments<'_>, now: Instant) -> Option<Outgoing> {
+    fn fill(&mut self, peer: &Peer, segments: &mut Segments<'_>, tos: u8, now: Instant) -> Option<Outgoing> {
         let counters = &self.shared.counters;
         let mut state = peer.lock();
         while let Some(length) = segments.next_length() {
@@ -154,19 +160,21 @@ impl Outbound {
                 continue;
             }
             match state.endpoint() {
-                Some(to) if !self.batch.takes(padded + DATA_OVERHEAD, to) => return None,
+                Some(to) if !self.batch.takes(padded + DATA_OVERHEAD, (tos, to)) => return None,
                 _ => {}
             }
             segments.write_next(&mut self.segment);
             self.segment[length..padded].fill(0);
             match state.encrypt(&self.segment[..padded], self.batch.room(), now) {
-                Sent::Send(outgoing) if outgoing.is_data => self.batch.add(outgoing),
-                Sent::Send(outgoing) => {
-                    let handshake = &self.batch.room()[..outgoing.length];
-                    self.single[..outgoing.length].copy_from_slice(handshake);
-                    return Some(outgoing);
+                Sent::Send(outgoing) => self.batch.add(&outgoing, tos),
+                Sent::Began { first, dropped } => {
+                    count_many(&counters.tx_waiting_dropped, dropped);
+                    let handshake = &self.batch.room()[..first.length];
+                    self.single[..first.length].copy_from_slice(handshake);
+                    return Some(first);
                 }
-                Sent::NoEndpoint | Sent::Queued | Sent::Gone => {}
+                Sent::Queued { dropped } => count_many(&counters.tx_waiting_dropped, dropped),
+                Sent::NoEndpoint | Sent::Gone => {}
             }
         }
         None
@@ -187,14 +195,14 @@ impl Outbound {
     }
 
     fn send_single(&self, outgoing: Outgoing) {
-        if self.udp.send(&self.single[..outgoing.length], outgoing.to).is_err() {
+        if self.udp.send(&self.single[..outgoing.length], outgoing.tos(), outgoing.to).is_err() {
             count(&self.shared.counters.tx_socket_errors);
         }
     }
 
     fn flush(&mut self) {
-        if let Some((bytes, size, to)) = self.batch.take() {
-            let refused = self.udp.send_batch(bytes, size, to);
+        if let Some((bytes, size, (tos, to))) = self.batch.take() {
+            let refused = self.udp.send_batch(bytes, size, tos, to);
             count_many(&self.shared.counters.tx_socket_errors, refused);
         }
     }
@@ -206,7 +214,8 @@ struct Batch {
     length: usize,
     count: usize,
     size: usize,
-    to: Option<SocketAddr>,
+    /// Type of service and address.
+    to: Option<(u8, SocketAddr)>,
 }
 
 impl Batch {
@@ -216,7 +225,7 @@ impl Batch {
     }
 
     /// Whether a datagram of `length` bytes to `to` may follow. An empty batch takes anything.
-    fn takes(&self, length: usize, to: SocketAddr) -> bool {
+    fn takes(&self, length: usize, to: (u8, SocketAddr)) -> bool {
         let ended = self.length < self.size * self.count;
         self.count == 0
             || (!ended
@@ -232,16 +241,16 @@ impl Batch {
     }
 
     /// Takes up the datagram that was written to [`room`](Self::room).
-    fn add(&mut self, outgoing: Outgoing) {
+    fn add(&mut self, outgoing: &Outgoing, tos: u8) {
         if self.count == 0 {
-            (self.size, self.to) = (outgoing.length, Some(outgoing.to));
+            (self.size, self.to) = (outgoing.length, Some((tos, outgoing.to)));
         }
         self.length += outgoing.length;
         self.count += 1;
     }
 
-    /// All datagrams, their size and where they go; the batch is empty then.
-    fn take(&mut self) -> Option<(&[u8], usize, SocketAddr)> {
+    /// All datagrams, their size, and how and where they go; the batch is empty then.
+    fn take(&mut self) -> Option<(&[u8], usize, (u8, SocketAddr))> {
         let (length, to) = (std::mem::take(&mut self.length), self.to.take()?);
         self.count = 0;
         Some((&self.bytes[..length], self.size, to))
@@ -253,9 +262,9 @@ mod tests {
     use super::*;
 
     fn add(batch: &mut Batch, length: usize, to: SocketAddr) -> bool {
-        let takes = batch.takes(length, to);
+        let takes = batch.takes(length, (2, to));
         if takes {
-            batch.add(Outgoing { length, to, is_data: true });
+            batch.add(&Outgoing { length, to, is_data: true }, 2);
         }
         takes
     }
@@ -268,9 +277,10 @@ mod tests {
         assert!(add(&mut batch, 100, to));
         assert!(!add(&mut batch, 100, other));
         assert!(!add(&mut batch, 101, to));
+        assert!(!batch.takes(100, (0, to)), "another type of service");
         assert!(add(&mut batch, 60, to));
         assert!(!add(&mut batch, 60, to), "a shorter one is the last");
-        assert_eq!(batch.take().map(|(bytes, size, to)| (bytes.len(), size, to)), Some((160, 100, to)));
+        assert_eq!(batch.take().map(|(bytes, size, to)| (bytes.len(), size, to)), Some((160, 100, (2, to))));
         for _ in 0..BATCH_DATAGRAMS {
             assert!(add(&mut batch, 96, other));
         }

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::offload::checksum;
+
 /// Header, counter and tag around an inner packet, bytes. WireGuard paper §5.4.6.
 pub(crate) const DATA_OVERHEAD: usize = 32;
 /// Handshake initiation, response and cookie reply, bytes. WireGuard paper §5.4.2, §5.4.3, §5.4.7.
@@ -82,6 +84,49 @@ pub(crate) fn ip_length(packet: &[u8]) -> Option<usize> {
     }
 }
 
+/// The type of service (RFC 2474, RFC 3168) of the datagram that carries an inner packet: the inner ECN
+/// bits, with "congestion experienced" as ECT(0), since that is for the inner ends; no DSCP, which would
+/// tell the path what is inside. As the kernel's WireGuard does (`ip_tunnel_ecn_encap`).
+pub(crate) fn outer_tos(packet: &[u8]) -> u8 {
+    match ecn(packet) {
+        ECN_CE => ECN_ECT0,
+        other => other,
+    }
+}
+
+/// Type of service of handshake messages: AF41, as the kernel's WireGuard sends them.
+pub(crate) const HANDSHAKE_TOS: u8 = 0x88;
+const ECN_MASK: u8 = 3;
+const ECN_ECT0: u8 = 2;
+pub(crate) const ECN_CE: u8 = 3;
+
+fn ecn(packet: &[u8]) -> u8 {
+    match packet {
+        [first, second, ..] if first >> 4 == 4 => second & ECN_MASK,
+        [first, second, ..] if first >> 4 == 6 => second >> 4 & ECN_MASK,
+        _ => 0,
+    }
+}
+
+/// Marks an inner packet as having met congestion, if its ends can tell (RFC 6040 §4.2). One that cannot
+/// stays as it is. `packet` is whole.
+pub(crate) fn set_congested(packet: &mut [u8]) {
+    if matches!(ecn(packet), 0 | ECN_CE) || ip_length(packet).is_none() {
+        return;
+    }
+    if packet[0] >> 4 == 6 {
+        packet[1] |= ECN_CE << 4;
+        return;
+    }
+    let word = |packet: &[u8]| u16::from_be_bytes([packet[0], packet[1]]);
+    let before = word(packet);
+    packet[1] |= ECN_CE;
+    // RFC 1624 §3: the new checksum from the old one.
+    let sum = u16::from_be_bytes([packet[10], packet[11]]);
+    let changed = checksum::add(checksum::add(!sum, !before), word(packet));
+    packet[10..12].copy_from_slice(&(!changed).to_be_bytes());
+}
+
 /// Length to which a packet of `length` bytes is padded: a multiple of 16, but never beyond the MTU.
 pub(crate) fn padded(length: usize, mtu: usize) -> usize {
     length.next_multiple_of(PADDING).min(mtu.max(length))
@@ -146,6 +191,27 @@ mod tests {
         assert_eq!(padded(1500, 1420), 1500);
     }
 
+    /// RFC 6040 §4.1 and §4.2, as far as the kernel's WireGuard goes.
+    #[test]
+    fn congestion_marks_cross_the_tunnel() {
+        for (inner, outer, after_congestion) in [(0, 0, 0), (1, 1, 3), (2, 2, 3), (3, 2, 3)] {
+            let mut four = ipv4(28, 28);
+            four[1] = 0xb8 | inner;
+            let sum = !checksum::sum(&four[..20], 0);
+            four[10..12].copy_from_slice(&sum.to_be_bytes());
+            let mut six = vec![0; 48];
+            (six[0], six[1], six[5]) = (0x6b, 0x80 | inner << 4 | 0x0f, 8);
+            for (packet, marked) in
+                [(&mut four, 0xb8 | after_congestion), (&mut six, 0x8f | after_congestion << 4)]
+            {
+                assert_eq!(outer_tos(packet), outer);
+                set_congested(packet);
+                assert_eq!(packet[1], marked, "inner {inner}");
+            }
+            assert_eq!(checksum::sum(&four[..20], 0), 0xffff);
+        }
+    }
+
     #[test]
     fn messages_have_their_exact_length() {
         for (kind, length) in [(1, 148), (2, 92), (3, 64), (4, 32), (4, 1452), (4, 65_507)] {
@@ -164,6 +230,8 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = (Message::parse(&bytes), destination(&bytes), sender_index(&bytes), ip_length(&bytes));
+            let _ = outer_tos(&bytes);
+            set_congested(&mut bytes.clone());
         }
     }
 }

@@ -4,11 +4,13 @@
 //! reads its own clock and randomness; this file is as far as that goes.) Traps of boringtun 0.7.1
 //! that are dealt with here:
 //! - it panics on short buffers before it authenticates: [`BUFFER_BYTES`] is enough for any datagram;
-//! - it queues packets while there is no session and rotates that queue when it is asked too early, so
-//!   the queue is emptied only once a session is known to be in use ([`Backlog::Ready`]);
+//! - it queues up to 256 packets of any size while there is no session, and rotates that queue when it is
+//!   asked too early: it gets packets only while there is a session, and the queue is ours, bounded by
+//!   bytes and emptied only once a session is known to be in use ([`Backlog::Ready`]);
 //! - it gives up after 90 s and its keepalive does not try again: keepalive and retry are ours;
 //! - its keepalive interval cannot be changed later: ours can.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,6 +42,12 @@ const INITIATION_SPACING: Duration = Duration::from_millis(20);
 const RETRY_FIRST: Duration = Duration::from_secs(5);
 const RETRY_LAST: Duration = Duration::from_secs(80);
 
+/// What may wait for a session: packets, and their bytes with [`PACKET_COST`] for each. More pushes out the
+/// oldest, as in the kernel's WireGuard.
+const WAITING_MAX: usize = 1024;
+const WAITING_BYTES_MAX: usize = 256 << 10;
+/// What a waiting packet costs beside its bytes.
+const PACKET_COST: usize = 64;
 /// Addresses one initiation is sent to at once.
 pub(crate) const PROBES_MAX: usize = 32;
 /// A path through a virtual endpoint takes over from a direct one after this long without a word on that.
@@ -79,6 +87,9 @@ impl Peer {
             removed: false,
             is_twin: false,
             backlog: Backlog::Empty,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            in_session: false,
             initiation_wanted: false,
             probes: Vec::new(),
             last_direct_rx: None,
@@ -127,7 +138,7 @@ impl Peer {
     }
 }
 
-/// Packets that wait inside `Tunn` for a session.
+/// Packets that wait for a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backlog {
     Empty,
@@ -147,6 +158,10 @@ pub(crate) struct State {
     /// Of a second key of ours, and not yet used by the peer for packets.
     is_twin: bool,
     backlog: Backlog,
+    waiting: VecDeque<Vec<u8>>,
+    waiting_bytes: usize,
+    /// Whether `Tunn` has a session to send with. It says so itself, but reads the clock for that.
+    in_session: bool,
     initiation_wanted: bool,
     /// Where else the next initiation goes.
     probes: Vec<SocketAddr>,
@@ -180,12 +195,26 @@ pub(crate) struct Outgoing {
     pub(crate) is_data: bool,
 }
 
+impl Outgoing {
+    /// Type of service for those that leave alone.
+    pub(crate) fn tos(&self) -> u8 {
+        if self.is_data { 0 } else { packet::HANDSHAKE_TOS }
+    }
+}
+
 /// What came of an inner packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sent {
     Send(Outgoing),
-    /// Kept until there is a session.
-    Queued,
+    /// Kept as the first of those that wait, and here is the handshake.
+    Began {
+        first: Outgoing,
+        dropped: usize,
+    },
+    /// Kept until there is a session, in place of so many older ones.
+    Queued {
+        dropped: usize,
+    },
     NoEndpoint,
     /// The peer was removed meanwhile.
     Gone,
@@ -225,19 +254,38 @@ impl State {
         }
         let Some(to) = self.endpoint else { return Sent::NoEndpoint };
         self.unanswered_since.get_or_insert(now);
-        match self.tunn.encapsulate(plaintext, out) {
-            TunnResult::WriteToNetwork(datagram) => {
-                let length = datagram.len();
-                if !is_data(datagram) {
-                    self.backlog = Backlog::Waiting;
-                }
-                Sent::Send(self.outgoing(&out[..length], to, now))
-            }
-            _ => {
-                self.backlog = Backlog::Waiting;
-                Sent::Queued
-            }
+        if self.in_session
+            && let Some(length) = datagram_length(self.tunn.encapsulate(plaintext, out))
+        {
+            return Sent::Send(self.outgoing(&out[..length], to, now));
         }
+        let dropped = self.keep(plaintext);
+        match datagram_length(self.tunn.format_handshake_initiation(out, false)) {
+            Some(length) => Sent::Began { first: self.outgoing(&out[..length], to, now), dropped },
+            None => Sent::Queued { dropped },
+        }
+    }
+
+    /// Keeps a packet until there is a session; how many older ones had to go for it.
+    fn keep(&mut self, plaintext: &[u8]) -> usize {
+        self.backlog = Backlog::Waiting;
+        self.waiting_bytes += plaintext.len() + PACKET_COST;
+        self.waiting.push_back(plaintext.to_vec());
+        let mut dropped = 0;
+        while self.waiting.len() > WAITING_MAX || self.waiting_bytes > WAITING_BYTES_MAX {
+            dropped += usize::from(self.pop_waiting().is_some());
+        }
+        dropped
+    }
+
+    fn pop_waiting(&mut self) -> Option<Vec<u8>> {
+        let packet = self.waiting.pop_front()?;
+        self.waiting_bytes -= packet.len() + PACKET_COST;
+        Some(packet)
+    }
+
+    fn forget_waiting(&mut self) {
+        (self.waiting, self.waiting_bytes, self.backlog) = (VecDeque::new(), 0, Backlog::Empty);
     }
 
     /// The next packet that waited for a session, encrypted into `out`.
@@ -246,20 +294,17 @@ impl State {
             return None;
         }
         let to = self.endpoint?;
-        match self.tunn.decapsulate(None, &[], out) {
-            TunnResult::WriteToNetwork(datagram) => {
-                let length = datagram.len();
-                if !is_data(datagram) {
-                    // The session ended in between; what is left waits for the next one.
-                    self.backlog = Backlog::Waiting;
-                }
-                Some(self.outgoing(&out[..length], to, now))
-            }
-            _ => {
-                self.backlog = Backlog::Empty;
-                None
-            }
+        if !self.in_session {
+            // It ended in between; what is left waits for the next one.
+            self.backlog = Backlog::Waiting;
+            return None;
         }
+        let Some(packet) = self.pop_waiting() else {
+            self.forget_waiting();
+            return None;
+        };
+        let length = datagram_length(self.tunn.encapsulate(&packet, out))?;
+        Some(self.outgoing(&out[..length], to, now))
     }
 
     /// Decrypts a data message into `out`.
@@ -284,6 +329,7 @@ impl State {
             TunnResult::Done => Received::Keepalive,
             TunnResult::WriteToNetwork(_) | TunnResult::Err(_) => return Received::Invalid,
         };
+        self.in_session = true;
         notes.twin_in_use |= matches!(received, Received::Packet { .. }) && std::mem::take(&mut self.is_twin);
         self.authenticated((datagram.len(), from), now, notes);
         let unconfirmed = &mut self.unconfirmed[receiver as usize % SESSIONS];
@@ -315,6 +361,7 @@ impl State {
             // A cookie ends here. It is not proof of who sent it: no roaming.
             _ => return None,
         };
+        self.in_session = self.has_session();
         match message {
             Message::Response { receiver } => {
                 self.authenticated((datagram.len(), from), now, notes);
@@ -352,6 +399,7 @@ impl State {
             }
             _ => None,
         };
+        self.in_session = self.has_session();
         self.notice_silence(now, notes);
         let to = self.endpoint?;
         let length = due.or_else(|| self.own_timers(out, now))?;
@@ -426,7 +474,8 @@ impl State {
     pub(crate) fn renew(&mut self, own: &Identity, start: Instant) {
         let was_up = self.last_handshake.is_some();
         self.tunn = new_tunn(own, &self.config, self.index);
-        self.backlog = Backlog::Empty;
+        self.forget_waiting();
+        self.in_session = false;
         (self.unconfirmed, self.last_initiation, self.last_handshake) = ([None; SESSIONS], None, None);
         (self.rtt, self.unanswered_since, self.silent) = (None, None, false);
         (self.retry_at, self.retry_pause) = (start, RETRY_FIRST);
@@ -484,7 +533,7 @@ impl State {
     /// boringtun stopped trying and says so at every tick; the first time sets the next attempt.
     fn gave_up(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.gave_up, true) {
-            self.backlog = Backlog::Empty;
+            self.forget_waiting();
             self.retry_at = now + self.retry_pause.mul_f64(rand::random_range(0.5..1.0));
             self.retry_pause = (self.retry_pause * 2).min(RETRY_LAST);
         }

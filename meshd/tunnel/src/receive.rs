@@ -16,7 +16,7 @@ use nix::libc;
 const MESSAGES: usize = 16;
 /// Largest message: a datagram, or as many as the kernel coalesces.
 const MESSAGE_BYTES: usize = 65_536;
-/// Room for the one control message that is asked for, with the alignment the kernel expects.
+/// Room for the two control messages that are asked for, with the alignment the kernel expects.
 type Control = [u64; 8];
 
 /// What one call brought. Keeps its memory between calls.
@@ -30,6 +30,7 @@ pub(crate) struct Received {
 struct Message {
     length: usize,
     segment: usize,
+    tos: u8,
     from: SocketAddr,
 }
 
@@ -76,47 +77,53 @@ impl Received {
         };
         for (index, header) in headers[..count].iter().enumerate() {
             let length = header.msg_len as usize;
-            self.messages[index] = address(&names[index]).map(|from| Message {
-                length,
-                // SAFETY: the kernel has filled in this header, and its control buffer is alive.
-                segment: unsafe { segment_size(&header.msg_hdr) }.unwrap_or(length).max(1),
-                from,
-            });
+            // SAFETY: the kernel has filled in this header, and its control buffer is alive.
+            let (segment, tos) = unsafe { control(&header.msg_hdr) };
+            let segment = segment.unwrap_or(length).max(1);
+            self.messages[index] = address(&names[index]).map(|from| Message { length, segment, tos, from });
         }
         Ok(count)
     }
 
-    /// The messages of the last call: sender, and its datagrams.
-    pub(crate) fn messages(&self) -> impl Iterator<Item = (SocketAddr, std::slice::Chunks<'_, u8>)> {
+    /// The messages of the last call: sender, type of service, and the datagrams.
+    pub(crate) fn messages(&self) -> impl Iterator<Item = (SocketAddr, u8, std::slice::Chunks<'_, u8>)> {
         self.bytes.chunks_exact(MESSAGE_BYTES).zip(&self.messages).filter_map(|(bytes, message)| {
             let message = message.as_ref()?;
-            Some((message.from, bytes[..message.length].chunks(message.segment)))
+            Some((message.from, message.tos, bytes[..message.length].chunks(message.segment)))
         })
     }
 }
 
-/// The size of the datagrams in a message, if the kernel has coalesced several.
+/// The size of the datagrams in a message, if the kernel has coalesced several, and the type of service
+/// (traffic class) they came with.
 ///
 /// # Safety
 /// `header` must have been filled in by the kernel and its control buffer must be alive.
-unsafe fn segment_size(header: &libc::msghdr) -> Option<usize> {
-    // SAFETY: by the caller's promise the list that these macros walk is well formed.
+unsafe fn control(header: &libc::msghdr) -> (Option<usize>, u8) {
+    let (mut segment, mut tos) = (None, 0);
+    // SAFETY: by the caller's promise the list that these macros walk is well formed, and each message has
+    // the type that its level and number say: an integer, or one byte for the type of service.
     unsafe {
-        let mut control = libc::CMSG_FIRSTHDR(header);
-        while let Some(message) = control.as_ref() {
-            if message.cmsg_level == libc::SOL_UDP && message.cmsg_type == libc::UDP_GRO {
-                let mut size = MaybeUninit::<libc::c_int>::uninit();
-                ptr::copy_nonoverlapping(
-                    libc::CMSG_DATA(control),
-                    size.as_mut_ptr().cast(),
-                    mem::size_of::<libc::c_int>(),
-                );
-                return usize::try_from(size.assume_init()).ok().filter(|size| *size > 0);
+        let integer = |message: *const libc::cmsghdr| {
+            let mut value = MaybeUninit::<libc::c_int>::uninit();
+            let bytes = mem::size_of::<libc::c_int>();
+            ptr::copy_nonoverlapping(libc::CMSG_DATA(message), value.as_mut_ptr().cast(), bytes);
+            value.assume_init()
+        };
+        let mut next = libc::CMSG_FIRSTHDR(header);
+        while let Some(message) = next.as_ref() {
+            match (message.cmsg_level, message.cmsg_type) {
+                (libc::SOL_UDP, libc::UDP_GRO) => {
+                    segment = usize::try_from(integer(next)).ok().filter(|size| *size > 0);
+                }
+                (libc::IPPROTO_IP, libc::IP_TOS) => tos = *libc::CMSG_DATA(next),
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => tos = integer(next) as u8,
+                _ => {}
             }
-            control = libc::CMSG_NXTHDR(header, control);
+            next = libc::CMSG_NXTHDR(header, next);
         }
-        None
     }
+    (segment, tos)
 }
 
 fn address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
@@ -157,7 +164,8 @@ mod tests {
                 sender.send_to(&vec![size as u8; size], receiver.local_addr().unwrap()).unwrap();
             }
             assert_eq!(received.receive(&receiver).unwrap(), sizes.len());
-            for ((from, mut datagrams), size) in received.messages().zip(sizes) {
+            for ((from, tos, mut datagrams), size) in received.messages().zip(sizes) {
+                assert_eq!(tos, 0);
                 assert_eq!(from, sender.local_addr().unwrap());
                 assert_eq!(datagrams.next().unwrap_or_default(), vec![size as u8; size]);
                 assert!(datagrams.next().is_none());

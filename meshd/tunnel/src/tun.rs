@@ -26,7 +26,7 @@ const TCP_FEATURES: libc::c_uint =
     libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 const UDP_FEATURES: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 const DEVICE: &str = "/dev/net/tun";
 
 /// Thin wrappers around the requests of `linux/if_tun.h` and `linux/sockios.h`.
@@ -48,12 +48,30 @@ pub(crate) struct Tun {
 }
 
 impl Tun {
-    /// Creates the interface with what it can of the `wanted` offloads. `name` must have been checked and
-    /// may hold `%d`.
+    /// Creates the interface with what it can of the `wanted` offloads and `queues` queues, among which the
+    /// kernel spreads the flows. `name` must have been checked and may hold `%d`.
     pub(crate) fn create(
         name: &str,
+        queues: usize,
         wanted: Offloads,
-        offloads: Arc<OffloadCells>,
+        offloads: &Arc<OffloadCells>,
+    ) -> Result<Vec<Self>, TunnelError> {
+        let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let first = Self::attach(name, FLAGS | libc::IFF_TUN_EXCL | several, wanted, offloads)?;
+        let name = first.name.clone();
+        let mut all = vec![first];
+        for _ in 1..queues {
+            all.push(Self::attach(&name, FLAGS | several, wanted, offloads)?);
+        }
+        Ok(all)
+    }
+
+    /// Makes the interface, or another queue of it.
+    fn attach(
+        name: &str,
+        flags: libc::c_int,
+        wanted: Offloads,
+        offloads: &Arc<OffloadCells>,
     ) -> Result<Self, TunnelError> {
         let file = OpenOptions::new()
             .read(true)
@@ -62,7 +80,7 @@ impl Tun {
             .open(DEVICE)
             .map_err(|source| cannot_open(name, source))?;
         let mut asked = interface_request(name);
-        asked.ifr_ifru.ifru_flags = FLAGS as libc::c_short;
+        asked.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: `file` is an open descriptor and `asked` a whole ifreq that outlives the call; the
         // kernel reads it and writes the name it gave into it.
         let made = unsafe { request::set_interface(file.as_raw_fd(), &raw mut asked) };
@@ -75,7 +93,7 @@ impl Tun {
         let udp = tcp && wanted.tun_udp && set_offload(&file, TCP_FEATURES | UDP_FEATURES);
         offloads.tun_tcp.store(tcp, Ordering::Relaxed);
         offloads.tun_udp.store(udp, Ordering::Relaxed);
-        Ok(Self { file, name: given_name(&asked), offloads })
+        Ok(Self { file, name: given_name(&asked), offloads: offloads.clone() })
     }
 
     /// Whether merged TCP segments, and whether merged datagrams, may be written.

@@ -20,6 +20,38 @@ pub trait Tunnel: Send + Sync {
     /// The UDP port in use, the same for IPv4 and IPv6.
     fn listen_port(&self) -> u16;
 
+    /// Listens on another port from now on, 0 for any; sessions go on, and peers learn of it from our next
+    /// packet. The port that was given.
+    ///
+    /// # Errors
+    /// Nothing has changed. [`TunnelError::PortInUse`], [`TunnelError::Socket`], [`TunnelError::SocketRights`],
+    /// [`TunnelError::Closed`], [`TunnelError::Unsupported`].
+    fn set_listen_port(&self, port: u16) -> Result<u16, TunnelError> {
+        let _ = port;
+        Err(TunnelError::Unsupported { backend: "kernel", action: "change the port" })
+    }
+
+    /// The mark of outer packets, if there is one.
+    fn fwmark(&self) -> Option<u32> {
+        None
+    }
+
+    /// Changes the mark of outer packets (`SO_MARK`); `None` and 0 are none.
+    ///
+    /// # Errors
+    /// [`TunnelError::SocketRights`], [`TunnelError::Socket`], [`TunnelError::Closed`],
+    /// [`TunnelError::Unsupported`].
+    fn set_fwmark(&self, mark: Option<u32>) -> Result<(), TunnelError> {
+        let _ = mark;
+        Err(TunnelError::Unsupported { backend: "kernel", action: "change the mark" })
+    }
+
+    /// Our private key, for a configuration socket that serves `wg showconf`. `None` if the backend keeps
+    /// it to itself.
+    fn private_key(&self) -> Option<PrivateKey> {
+        None
+    }
+
     fn public_key(&self) -> PublicKey;
 
     /// Adds a peer or updates it. The session and the packets waiting for it are kept unless the
@@ -171,7 +203,42 @@ pub fn open(config: TunnelConfig) -> Result<Box<dyn Tunnel>, TunnelError> {
 /// # Errors
 /// As [`open`].
 pub fn open_with(config: TunnelConfig, wanted: Offloads) -> Result<Box<dyn Tunnel>, TunnelError> {
-    Ok(Box::new(Userspace::open(config, wanted)?))
+    open_tuned(config, Tuning { offloads: wanted, ..Tuning::default() })
+}
+
+/// As [`open`], in every respect as `tuning` says.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_tuned(config: TunnelConfig, tuning: Tuning) -> Result<Box<dyn Tunnel>, TunnelError> {
+    Ok(Box::new(Userspace::open(config, tuning)?))
+}
+
+/// Queues at most; each costs two threads and their buffers.
+const QUEUES_MAX: usize = 16;
+
+/// What the engine chooses itself if it is not told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Tuning {
+    /// No other offloads than these.
+    pub offloads: Offloads,
+    /// Queues of the interface and sockets on the port, each with two threads, 1 to 16. `None`: one up to
+    /// three cores, then one for every two cores, 8 at most.
+    pub queues: Option<usize>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { offloads: Offloads::ALL, queues: None }
+    }
+}
+
+impl Tuning {
+    pub(crate) fn queues(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.queues.unwrap_or_else(|| (cores() / 2).min(8)).clamp(1, QUEUES_MAX)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,4 +334,6 @@ pub struct Counters {
     pub rx_foreign: u64,
     /// Messages from virtual endpoints that were dropped because too many waited.
     pub rx_virtual_dropped: u64,
+    /// From the interface: pushed out by newer packets while there was no session.
+    pub tx_waiting_dropped: u64,
 }

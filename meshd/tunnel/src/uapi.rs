@@ -1,8 +1,7 @@
 //! WireGuard's configuration protocol on a Unix socket, so that `wg show` and `wg set` work.
 //!
-//! The protocol is described at <https://www.wireguard.com/xplatform/>. Private and preshared keys are
-//! never given out. What this engine cannot change while it runs (the port, the mark) is refused
-//! unless it is as asked already.
+//! The protocol is described at <https://www.wireguard.com/xplatform/>. Who may change an interface may also
+//! read its private and preshared keys, as `wg showconf` does; who may only read sees neither.
 
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -31,15 +30,18 @@ use crate::wake::{self, READABLE, Wake};
 const FOLDER: &str = "/var/run/wireguard";
 /// Longest request, bytes: `wg setconf` with some ten thousand peers.
 const REQUEST_BYTES_MAX: u64 = 4 << 20;
+/// What a peer takes in an answer as a rule, bytes.
+const PEER_TEXT_BYTES: usize = 512;
 /// How long one client may keep the others waiting.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What a client of the socket may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UapiAccess {
-    /// `wg show`; every `wg set` is refused.
+    /// `wg show` without private and preshared keys; every `wg set` is refused.
     Read,
-    /// Peers and the own key may be changed.
+    /// All of `wg`: `show`, `showconf`, `set`, `setconf`, `addconf`, `syncconf`. Private and preshared keys are
+    /// shown to whoever may open the socket, which is the same user.
     ReadWrite,
 }
 
@@ -130,14 +132,14 @@ impl Server {
         let mut lines = BufReader::new(client.take(REQUEST_BYTES_MAX));
         while let Some(request) = request(&mut lines)? {
             let Some(tunnel) = self.tunnel.upgrade() else { return Ok(()) };
-            let answer = match request.first().map(|line| line.as_str()) {
-                Some("get=1") if request.len() == 1 => get(&*tunnel),
-                Some("set=1") if self.access == UapiAccess::Read => errno(Errno::EPERM),
+            let answer: Zeroizing<String> = match request.first().map(|line| line.as_str()) {
+                Some("get=1") if request.len() == 1 => get(&*tunnel, self.access),
+                Some("set=1") if self.access == UapiAccess::Read => errno(Errno::EPERM).into(),
                 Some("set=1") => match set(&*tunnel, &request[1..]) {
-                    Ok(()) => "errno=0\n\n".into(),
-                    Err(error) => errno(error),
+                    Ok(()) => String::from("errno=0\n\n").into(),
+                    Err(error) => errno(error).into(),
                 },
-                _ => errno(Errno::EPROTO),
+                _ => errno(Errno::EPROTO).into(),
             };
             (&*client).write_all(answer.as_bytes())?;
         }
@@ -164,22 +166,40 @@ fn errno(error: Errno) -> String {
     format!("errno={}\n\n", -(error as i32))
 }
 
-fn get(tunnel: &dyn Tunnel) -> String {
-    let mut text = format!("listen_port={}\n", tunnel.listen_port());
-    for stats in tunnel.peers() {
+fn get(tunnel: &dyn Tunnel, access: UapiAccess) -> Zeroizing<String> {
+    let peers = tunnel.peers();
+    // Enough to begin with, so that growing leaves no copies of keys behind.
+    let mut text = Zeroizing::new(String::with_capacity(PEER_TEXT_BYTES * (peers.len() + 1)));
+    if let Some(key) = tunnel.private_key().filter(|_| access == UapiAccess::ReadWrite) {
+        show_secret(&mut text, "private_key", &key.to_bytes());
+    }
+    show(&mut text, "listen_port", &tunnel.listen_port());
+    if let Some(mark) = tunnel.fwmark() {
+        show(&mut text, "fwmark", &mark);
+    }
+    for stats in peers {
         if let Some(config) = tunnel.peer(&stats.public_key) {
-            show_peer(&mut text, &stats, &config);
+            show_peer(&mut text, &stats, &config, access);
         }
     }
     text.push_str("errno=0\n\n");
     text
 }
 
-fn show_peer(text: &mut String, stats: &PeerStats, config: &PeerConfig) {
-    let mut line = |key: &str, value: &dyn std::fmt::Display| {
-        writeln!(text, "{key}={value}").expect("writing to a String cannot fail");
-    };
-    line("public_key", &hex(&stats.public_key.0));
+fn show(text: &mut String, key: &str, value: &dyn std::fmt::Display) {
+    writeln!(text, "{key}={value}").expect("writing to a String cannot fail");
+}
+
+fn show_secret(text: &mut String, key: &str, secret: &[u8; 32]) {
+    show(text, key, &*Zeroizing::new(hex(secret)));
+}
+
+fn show_peer(text: &mut String, stats: &PeerStats, config: &PeerConfig, access: UapiAccess) {
+    show(text, "public_key", &hex(&stats.public_key.0));
+    if let Some(key) = config.preshared_key.as_ref().filter(|_| access == UapiAccess::ReadWrite) {
+        show_secret(text, "preshared_key", &key.to_bytes());
+    }
+    let mut line = |key: &str, value: &dyn std::fmt::Display| show(text, key, value);
     line("protocol_version", &1);
     if let Some(endpoint) = stats.endpoint {
         line("endpoint", &endpoint);
@@ -223,14 +243,24 @@ fn set(tunnel: &dyn Tunnel, lines: &[Zeroizing<String>]) -> Result<(), Errno> {
 fn set_interface(tunnel: &dyn Tunnel, key: &str, value: &str) -> Result<(), Errno> {
     match (key, value) {
         ("private_key", _) => {
-            let private_key = PrivateKey::from_bytes(*unhex(value)?);
+            let bytes = unhex(value)?;
+            if *bytes == [0; 32] {
+                // "No key": an interface that can talk to nobody. We always have one.
+                return Err(Errno::EOPNOTSUPP);
+            }
+            let private_key = PrivateKey::from_bytes(*bytes);
             if private_key.public() != tunnel.public_key() {
                 tunnel.rotate_key(private_key).map_err(|error| code(&error))?;
             }
         }
-        ("listen_port", _) if value.parse() == Ok(tunnel.listen_port()) => {}
-        ("fwmark", "" | "0") => {}
-        ("listen_port" | "fwmark", _) => return Err(Errno::EOPNOTSUPP),
+        ("listen_port", _) => {
+            let port = value.parse().map_err(|_| Errno::EINVAL)?;
+            tunnel.set_listen_port(port).map_err(|error| code(&error))?;
+        }
+        ("fwmark", _) => {
+            let mark = if value.is_empty() { 0 } else { number(value)? };
+            tunnel.set_fwmark(Some(mark)).map_err(|error| code(&error))?;
+        }
         ("replace_peers", "true") => {
             for peer in tunnel.peers() {
                 tunnel.remove_peer(&peer.public_key);
@@ -306,19 +336,45 @@ impl Change {
         if self.remove {
             tunnel.remove_peer(&self.config.public_key);
         } else if self.known || !self.update_only {
-            tunnel.set_peer(self.config).map_err(|error| code(&error))?;
+            self.take_over(tunnel)?;
         }
         Ok(())
+    }
+
+    /// Prefixes that other peers have move to this one, as `wg` expects.
+    fn take_over(self, tunnel: &dyn Tunnel) -> Result<(), Errno> {
+        loop {
+            match tunnel.set_peer(self.config.clone()) {
+                Err(TunnelError::AllowedIpsOverlap { owner, prefix, .. }) => {
+                    let Some(mut other) = tunnel.peer(&owner) else { continue };
+                    other.allowed_ips.retain(|own| own.trunc() != prefix);
+                    tunnel.set_peer(other).map_err(|error| code(&error))?;
+                }
+                result => return result.map_err(|error| code(&error)),
+            }
+        }
     }
 }
 
 fn code(error: &TunnelError) -> Errno {
     match error {
         TunnelError::AllowedIpsOverlap { .. } => Errno::EEXIST,
+        TunnelError::PortInUse { .. } => Errno::EADDRINUSE,
+        TunnelError::SocketRights { .. } => Errno::EACCES,
+        TunnelError::Unsupported { .. } => Errno::EOPNOTSUPP,
         TunnelError::TooManyPeers | TunnelError::TooManyAllowedIps { .. } => Errno::ENOSPC,
         TunnelError::Closed => Errno::ENODEV,
         _ => Errno::EINVAL,
     }
+}
+
+/// A number as `wg` writes marks: decimal, or hexadecimal after `0x`.
+fn number(text: &str) -> Result<u32, Errno> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| Errno::EINVAL)
 }
 
 fn hex(bytes: &[u8; 32]) -> String {

@@ -1,10 +1,10 @@
-//! The underlay: one UDP socket per family on one port.
+//! The underlay: UDP sockets of both families on one port, a pair for each queue.
 
 use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -26,54 +26,84 @@ const PORT_ATTEMPTS: usize = 32;
 /// Longest wait for room in a full send buffer, ms; then the datagram is lost, as on any network.
 const SEND_WAIT_MS: u16 = 100;
 
-/// Both sockets. A machine without IPv6 has only the first.
+/// What sockets are made from.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    /// 0 takes a port that is free in both families.
+    pub(crate) port: u16,
+    pub(crate) fwmark: Option<u32>,
+    /// Pairs of sockets on the one port, among which the kernel spreads the senders (`SO_REUSEPORT`).
+    pub(crate) queues: usize,
+    pub(crate) wanted: Offloads,
+    pub(crate) offloads: Arc<OffloadCells>,
+    /// Takes what is for virtual endpoints.
+    pub(crate) virtual_out: Arc<SinkCell>,
+}
+
+/// The sockets in use, one pair for each queue. They may be exchanged at any time: whoever is about to wait
+/// or to send takes them from here.
+#[derive(Debug, Default)]
+pub(crate) struct UdpCell(RwLock<Vec<Arc<Udp>>>);
+
+impl UdpCell {
+    /// `None` once the tunnel is closed.
+    pub(crate) fn get(&self, queue: usize) -> Option<Arc<Udp>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(queue).cloned()
+    }
+
+    /// Puts `sockets` in the place of those in use, which close when their last user lets go.
+    pub(crate) fn set(&self, sockets: Vec<Arc<Udp>>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = sockets;
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Udp>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Both sockets of one queue. A machine without IPv6 has only the first.
 #[derive(Debug)]
 pub(crate) struct Udp {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     port: u16,
     offloads: Arc<OffloadCells>,
-    /// Takes what is for virtual endpoints.
     virtual_out: Arc<SinkCell>,
 }
 
 impl Udp {
-    /// Binds `port` in both families; 0 takes one that is free in both.
-    pub(crate) fn bind(
-        port: u16,
-        fwmark: Option<u32>,
-        wanted: Offloads,
-        offloads: Arc<OffloadCells>,
-        virtual_out: Arc<SinkCell>,
-    ) -> Result<Self, TunnelError> {
+    /// Binds the port in both families, once for each queue.
+    pub(crate) fn bind(settings: &Settings) -> Result<Vec<Arc<Self>>, TunnelError> {
         let mut attempt = 1;
-        loop {
-            match Self::bind_once(port, fwmark, &offloads, &virtual_out) {
-                Err(TunnelError::PortInUse { .. }) if port == 0 && attempt < PORT_ATTEMPTS => attempt += 1,
-                result => {
-                    let udp = result?;
-                    udp.switch_on(wanted);
-                    return Ok(udp);
+        let first = loop {
+            match Self::bind_once(settings, settings.port) {
+                Err(TunnelError::PortInUse { .. }) if settings.port == 0 && attempt < PORT_ATTEMPTS => {
+                    attempt += 1;
                 }
+                result => break result?,
             }
+        };
+        let port = first.port;
+        let mut all = vec![Arc::new(first)];
+        for _ in 1..settings.queues {
+            all.push(Arc::new(Self::bind_once(settings, port)?));
         }
+        Ok(all)
     }
 
-    fn bind_once(
-        port: u16,
-        fwmark: Option<u32>,
-        offloads: &Arc<OffloadCells>,
-        virtual_out: &Arc<SinkCell>,
-    ) -> Result<Self, TunnelError> {
-        let v4 = bind_one(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), fwmark)?;
+    fn bind_once(settings: &Settings, port: u16) -> Result<Self, TunnelError> {
+        let v4 = bind_one(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)), settings)?;
         let local = v4.local_addr();
         let port = local.map_err(|source| TunnelError::Socket { action: "read the port of", source })?.port();
-        let v6 = match bind_one(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), fwmark) {
+        let v6 = match bind_one(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), settings) {
             Ok(socket) => Some(socket),
             Err(TunnelError::Socket { source, .. }) if is_without_ipv6(&source) => None,
             Err(error) => return Err(error),
         };
-        Ok(Self { v4, v6, port, offloads: offloads.clone(), virtual_out: virtual_out.clone() })
+        let (offloads, virtual_out) = (settings.offloads.clone(), settings.virtual_out.clone());
+        let udp = Self { v4, v6, port, offloads, virtual_out };
+        udp.switch_on(settings.wanted);
+        Ok(udp)
     }
 
     fn switch_on(&self, wanted: Offloads) {
@@ -88,25 +118,30 @@ impl Udp {
         self.port
     }
 
+    /// Changes the mark of outer packets; 0 is none.
+    pub(crate) fn set_mark(&self, mark: u32) -> Result<(), TunnelError> {
+        self.sockets().try_for_each(|socket| set_mark(&socket2::SockRef::from(socket), mark))
+    }
+
     pub(crate) fn sockets(&self) -> impl Iterator<Item = &UdpSocket> {
         std::iter::once(&self.v4).chain(&self.v6)
     }
 
-    /// Sends one datagram; waits a moment if the send buffer is full.
-    pub(crate) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        self.send_segments(datagram, None, to, SEND_WAIT_MS)
+    /// Sends one datagram with `tos` in its IP header; waits a moment if the send buffer is full.
+    pub(crate) fn send(&self, datagram: &[u8], tos: u8, to: SocketAddr) -> io::Result<()> {
+        self.send_segments(datagram, None, (tos, to), SEND_WAIT_MS)
     }
 
     /// Sends one datagram, or not if the send buffer is full.
     pub(crate) fn send_now(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        self.send_segments(datagram, None, to, 0)
+        self.send_segments(datagram, None, (0, to), 0)
     }
 
     /// Sends the datagrams of `size` bytes that `bytes` is made of; the last may be shorter. The number
     /// of those that the socket refused.
-    pub(crate) fn send_batch(&self, bytes: &[u8], size: usize, to: SocketAddr) -> usize {
+    pub(crate) fn send_batch(&self, bytes: &[u8], size: usize, tos: u8, to: SocketAddr) -> usize {
         if bytes.len() > size && self.offloads.udp_gso.load(Ordering::Relaxed) {
-            match self.send_segments(bytes, Some(size as u16), to, SEND_WAIT_MS) {
+            match self.send_segments(bytes, Some(size as u16), (tos, to), SEND_WAIT_MS) {
                 Ok(()) => return 0,
                 // The device cannot do it after all.
                 Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => {
@@ -118,10 +153,16 @@ impl Udp {
                 Err(_) => return bytes.len().div_ceil(size),
             }
         }
-        bytes.chunks(size).filter(|datagram| self.send(datagram, to).is_err()).count()
+        bytes.chunks(size).filter(|datagram| self.send(datagram, tos, to).is_err()).count()
     }
 
-    fn send_segments(&self, bytes: &[u8], size: Option<u16>, to: SocketAddr, wait_ms: u16) -> io::Result<()> {
+    fn send_segments(
+        &self,
+        bytes: &[u8],
+        size: Option<u16>,
+        (tos, to): (u8, SocketAddr),
+        wait_ms: u16,
+    ) -> io::Result<()> {
         if is_virtual(to) {
             for datagram in bytes.chunks(size.map_or(bytes.len(), usize::from).max(1)) {
                 if !self.virtual_out.give(datagram, to) {
@@ -130,17 +171,24 @@ impl Udp {
             }
             return Ok(());
         }
-        let socket = match to {
-            SocketAddr::V4(_) => &self.v4,
+        let class = i32::from(tos);
+        let (socket, service) = match to {
+            SocketAddr::V4(_) => (&self.v4, ControlMessage::Ipv4Tos(&tos)),
             SocketAddr::V6(_) => {
-                self.v6.as_ref().ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?
+                let socket = self.v6.as_ref();
+                let socket = socket.ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?;
+                (socket, ControlMessage::Ipv6TClass(&class))
             }
         };
         let (parts, address) = ([IoSlice::new(bytes)], SockaddrStorage::from(to));
-        let segments = size.as_ref().map(ControlMessage::UdpGsoSegments);
-        let send = || {
-            sendmsg(socket.as_raw_fd(), &parts, segments.as_slice(), MsgFlags::MSG_DONTWAIT, Some(&address))
+        // Zero is what the socket does anyway.
+        let all = [size.as_ref().map(ControlMessage::UdpGsoSegments), (tos != 0).then_some(service)];
+        let control: &[ControlMessage<'_>] = match &all {
+            [Some(first), Some(second)] => &[*first, *second],
+            [Some(one), None] | [None, Some(one)] => std::slice::from_ref(one),
+            [None, None] => &[],
         };
+        let send = || sendmsg(socket.as_raw_fd(), &parts, control, MsgFlags::MSG_DONTWAIT, Some(&address));
         match send() {
             Err(Errno::EAGAIN) => {
                 let mut room = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
@@ -155,7 +203,7 @@ impl Udp {
     }
 }
 
-fn bind_one(address: SocketAddr, fwmark: Option<u32>) -> Result<UdpSocket, TunnelError> {
+fn bind_one(address: SocketAddr, settings: &Settings) -> Result<UdpSocket, TunnelError> {
     let failed = |action| move |source| TunnelError::Socket { action, source };
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))
         .map_err(failed("open"))?;
@@ -164,14 +212,14 @@ fn bind_one(address: SocketAddr, fwmark: Option<u32>) -> Result<UdpSocket, Tunne
     } else {
         allow_fragments(&socket).map_err(failed("allow fragments"))?;
     }
-    if let Some(mark) = fwmark {
-        socket.set_mark(mark).map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => {
-                TunnelError::SocketRights { action: "set the mark of packets", capability: "CAP_NET_ADMIN" }
-            }
-            _ => TunnelError::Socket { action: "set the mark", source },
-        })?;
+    if let Some(mark) = settings.fwmark {
+        set_mark(&socket2::SockRef::from(&socket), mark)?;
     }
+    if settings.queues > 1 {
+        socket.set_reuse_port(true).map_err(failed("share the port of"))?;
+    }
+    // To learn of congestion on the way. A kernel that does not tell costs nothing but that.
+    let _ = if address.is_ipv6() { socket.set_recv_tclass_v6(true) } else { socket.set_recv_tos_v4(true) };
     socket.set_nonblocking(true).map_err(failed("set non-blocking mode"))?;
     enlarge_buffers(&socket);
     socket.bind(&address.into()).map_err(|source| match source.kind() {
@@ -183,6 +231,15 @@ fn bind_one(address: SocketAddr, fwmark: Option<u32>) -> Result<UdpSocket, Tunne
         _ => TunnelError::Socket { action: "bind a port", source },
     })?;
     Ok(socket.into())
+}
+
+fn set_mark(socket: &Socket, mark: u32) -> Result<(), TunnelError> {
+    socket.set_mark(mark).map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            TunnelError::SocketRights { action: "set the mark of packets", capability: "CAP_NET_ADMIN" }
+        }
+        _ => TunnelError::Socket { action: "set the mark", source },
+    })
 }
 
 /// Lets routers cut outer IPv4 packets, as the kernel's own WireGuard does: a path that swallows "packet

@@ -56,6 +56,11 @@ impl<'a> Segments<'a> {
         })
     }
 
+    /// The whole, with the headers that all segments get.
+    pub(crate) fn packet(&self) -> &[u8] {
+        self.packet
+    }
+
     /// Length of the next segment, bytes; `None` at the end.
     pub(crate) fn next_length(&self) -> Option<usize> {
         if self.finished {

@@ -68,7 +68,7 @@ fn decrypt(to: &Peer, datagram: &[u8], from: ([u8; 4], u16)) -> (Received, Notes
 fn encrypt(peer: &Peer, packet: &[u8]) -> Option<Vec<u8>> {
     let mut out = buffer();
     match peer.lock().encrypt(packet, &mut out, Instant::now()) {
-        Sent::Send(outgoing) => Some(out[..outgoing.length].to_vec()),
+        Sent::Send(outgoing) | Sent::Began { first: outgoing, .. } => Some(out[..outgoing.length].to_vec()),
         _ => None,
     }
 }
@@ -157,6 +157,36 @@ fn packets_wait_in_order_until_a_session_is_in_use() {
         assert!(matches!(received, Received::Packet { length: l, .. } if l == length));
     }
     assert_eq!(a.lock().next_waiting(&mut out, Instant::now()), None);
+}
+
+#[test]
+fn what_waits_is_bounded_by_bytes_and_the_newest_stay() {
+    let (a, b) = pair();
+    let initiation = encrypt(&a, &packet(20)).expect("the first packet starts a handshake");
+    let mut dropped_in_all = 0;
+    for length in 60_000..60_010 {
+        match a.lock().encrypt(&packet(length), &mut buffer(), Instant::now()) {
+            Sent::Queued { dropped } => dropped_in_all += dropped,
+            other => panic!("{other:?}"),
+        }
+    }
+    let fit = WAITING_BYTES_MAX / (60_009 + PACKET_COST);
+    assert_eq!(dropped_in_all, 11 - fit);
+    let (response, _) = answer(&b, &initiation, A);
+    let (keepalive, _) = answer(&a, &response.unwrap(), B);
+    decrypt(&b, &keepalive.unwrap(), A);
+    let mut out = buffer();
+    let mut lengths = Vec::new();
+    while let Some(outgoing) = a.lock().next_waiting(&mut out, Instant::now()) {
+        lengths.push(outgoing.length - packet::DATA_OVERHEAD);
+    }
+    assert_eq!(lengths, (60_010 - fit..60_010).collect::<Vec<_>>());
+    // Many small ones are bounded by their number.
+    a.lock().renew(&own(1), Instant::now());
+    for _ in 0..2 * WAITING_MAX {
+        encrypt(&a, &packet(20));
+    }
+    assert_eq!(a.lock().waiting.len(), WAITING_MAX);
 }
 
 #[test]

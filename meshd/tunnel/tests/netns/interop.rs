@@ -173,17 +173,43 @@ netns_tests! {
             assert!(shown.contains(part), "{part} in {shown}");
         }
         let dump = text(wg(&a, "show wg0 dump"));
+        // Whoever may change keys may see them: `wg showconf` depends on it.
         for secret in [STANDARD.encode(PSK), STANDARD.encode(*key(3).to_bytes())] {
-            assert!(!dump.contains(&secret), "secret in {dump}");
+            assert!(dump.contains(&secret), "{dump}");
         }
         // The preshared key survives an update that does not name it.
         text(wg(&a, &format!("set wg0 peer {peer} persistent-keepalive 0")));
         assert!(tunnel.peer(&peer).unwrap().preshared_key == Some(PresharedKey::from_bytes(PSK)));
-        for refused in ["set wg0 listen-port 9", "set wg0 fwmark 7"] {
-            assert!(!wg(&a, refused).status.success(), "{refused}");
+        // Port and mark change while the session goes on.
+        let (was, free) = (tunnel.listen_port(), a.udp("0.0.0.0:0".parse().unwrap()).local_addr().unwrap().port());
+        text(wg(&a, &format!("set wg0 listen-port {free} fwmark 0x17")));
+        assert_eq!((tunnel.listen_port(), tunnel.fwmark()), (free, Some(0x17)));
+        traffic(&a, &go.namespace);
+        let taken = eventually("the old port is free", || a.run(|| std::net::UdpSocket::bind(("0.0.0.0", was))).ok());
+        assert!(!wg(&a, &format!("set wg0 listen-port {was}")).status.success());
+        assert_eq!(tunnel.listen_port(), free);
+        drop(taken);
+        text(wg(&a, "set wg0 fwmark 0"));
+        assert_eq!(tunnel.fwmark(), None);
+        // A prefix moves to whoever got it last.
+        text(wg(&a, &format!("set wg0 peer {} allowed-ips 10.214.0.2/32", key(9).public())));
+        assert_eq!(tunnel.peer(&peer).unwrap().allowed_ips, ["fd14::2/128".parse().unwrap()]);
+        // The configuration as it stands, read and written back, changes nothing; another one replaces it.
+        let shown = text(wg(&a, "showconf wg0"));
+        assert!(shown.contains(&format!("ListenPort = {free}")) && shown.contains("PrivateKey = "), "{shown}");
+        fs::write("/run/same.conf", &shown).unwrap();
+        let handshake = tunnel.peers().into_iter().find(|stats| stats.public_key == peer).unwrap().has_session;
+        for command in ["syncconf wg0 /run/same.conf", "setconf wg0 /run/same.conf"] {
+            text(wg(&a, command));
+            assert_eq!(text(wg(&a, "showconf wg0")), shown, "{command}");
         }
-        let overlap = format!("set wg0 peer {} allowed-ips 10.214.0.2/32", key(9).public());
-        assert!(!wg(&a, &overlap).status.success());
+        assert!(handshake);
+        let other = format!("[Interface]\nPrivateKey = {}\nListenPort = {free}\n[Peer]\nPublicKey = {peer}\n\
+            AllowedIPs = 10.214.0.2/32\nEndpoint = 10.213.0.2:{PORT}\n", STANDARD.encode(*key(3).to_bytes()));
+        fs::write("/run/other.conf", other).unwrap();
+        text(wg(&a, "syncconf wg0 /run/other.conf"));
+        assert_eq!(tunnel.peers().len(), 1);
+        assert_eq!(tunnel.peer(&peer).unwrap().allowed_ips, ["10.214.0.2/32".parse().unwrap()]);
         text(wg(&a, &format!("set wg0 peer {peer} remove")));
         assert_eq!(tunnel.peers(), []);
         drop(uapi);
@@ -195,6 +221,10 @@ netns_tests! {
         let tunnel = Arc::<dyn Tunnel>::from(ours(&a));
         tunnel.set_peer(their_config(true)).unwrap();
         let _uapi = Uapi::serve(&tunnel, UapiAccess::Read).unwrap();
+        let dump = text(wg(&a, "show wg0 dump"));
+        for secret in [STANDARD.encode(PSK), STANDARD.encode(*key(1).to_bytes())] {
+            assert!(!dump.contains(&secret), "secret in {dump}");
+        }
         assert!(text(wg(&a, "show wg0")).contains(&key(2).public().to_string()));
         assert!(!wg(&a, &format!("set wg0 peer {} remove", key(2).public())).status.success());
         assert_eq!(tunnel.peers().len(), 1);

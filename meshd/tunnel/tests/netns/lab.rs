@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tunnel::{
-    Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tunnel, TunnelConfig, TunnelEvent,
+    Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tuning, Tunnel, TunnelConfig, TunnelEvent,
 };
 use nix::sched::{CloneFlags, setns};
 
@@ -165,8 +165,21 @@ pub(crate) fn open_as(private_key: PrivateKey, offloads: Offloads) -> Box<dyn Tu
 
 impl End {
     pub(crate) fn new(namespace: Namespace, number: u8, offloads: Offloads) -> Self {
+        let mut tuning = Tuning::default();
+        tuning.offloads = offloads;
+        Self::tuned(namespace, number, tuning)
+    }
+
+    pub(crate) fn tuned(namespace: Namespace, number: u8, tuning: Tuning) -> Self {
         let address = |text: String| -> IpAddr { text.parse().unwrap() };
-        let tunnel = namespace.run(|| open_as(key(number), offloads));
+        let config = TunnelConfig {
+            interface: "wg0".into(),
+            mtu: MTU,
+            listen_port: 0,
+            private_key: key(number),
+            fwmark: None,
+        };
+        let tunnel = namespace.run(|| mesh_tunnel::open_tuned(config, tuning)).unwrap();
         let end = Self {
             events: tunnel.events(),
             tunnel,

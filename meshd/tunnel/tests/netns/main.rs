@@ -7,10 +7,12 @@
 mod lab;
 
 mod basic;
+mod congestion;
 mod detour;
 mod hostile;
 mod interop;
 mod lifecycle;
 mod paths;
+mod queues;
 mod rotation;
 mod sessions;
