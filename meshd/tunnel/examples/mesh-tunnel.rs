@@ -5,6 +5,7 @@
 //!   WG_PRIVATE_KEY_FILE  file with the private key, as `wg genkey` writes it (default: a new one)
 //!   WG_LISTEN_PORT       UDP port (default: any)
 //!   WG_MTU               bytes (default 1420)
+//!   WG_BACKEND           auto, kernel or userspace (default userspace, whose socket `wg` is served on)
 //!   WG_FWMARK            mark of outer packets (default none)
 //!   WG_ADDRESSES         10.0.0.1/24,fd00::1/64: given to the interface with `ip addr add`
 //!   WG_PEERS             peers separated by ';', each: KEY [endpoint=IP:PORT] [allowed-ips=A,B] [keepalive=SECONDS]
@@ -18,7 +19,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_tunnel::{PeerConfig, PrivateKey, Tunnel, TunnelConfig, TunnelEvent, Uapi, UapiAccess};
+use mesh_tunnel::{
+    Backend, BackendKind, PeerConfig, PrivateKey, Tunnel, TunnelConfig, TunnelEvent, Uapi, UapiAccess,
+};
 use rand::RngCore;
 use zeroize::Zeroizing;
 
@@ -31,15 +34,25 @@ fn main() -> Fallible<()> {
         Err(_) => PrivateKey::generate(&mut |bytes| rand::rng().fill_bytes(bytes)),
     };
     let peers = peers(&env::var("WG_PEERS").unwrap_or_default())?;
-    let tunnel: Arc<dyn Tunnel> = mesh_tunnel::open(TunnelConfig {
+    let backend = match env::var("WG_BACKEND").as_deref() {
+        Ok("auto") => Backend::Auto,
+        Ok("kernel") => Backend::Kernel,
+        Ok("userspace") | Err(_) => Backend::Userspace,
+        Ok(other) => return Err(format!("WG_BACKEND={other} is not auto, kernel or userspace").into()),
+    };
+    let config = TunnelConfig {
         interface,
         mtu: number("WG_MTU")?.unwrap_or(1420),
         listen_port: number("WG_LISTEN_PORT")?.unwrap_or(0),
         private_key,
         fwmark: number("WG_FWMARK")?,
-    })?
-    .into();
-    let _uapi = Uapi::serve(&tunnel, UapiAccess::ReadWrite)?;
+    };
+    let tunnel: Arc<dyn Tunnel> = mesh_tunnel::open_on(config, backend)?.into();
+    // The kernel's interface is `wg`'s to show already.
+    let _uapi = match tunnel.backend().kind {
+        BackendKind::Kernel => None,
+        _ => Some(Uapi::serve(&tunnel, UapiAccess::ReadWrite)?),
+    };
     for address in env::var("WG_ADDRESSES").unwrap_or_default().split(',').filter(|a| !a.is_empty()) {
         let status = Command::new("ip").args(["addr", "add", address, "dev", tunnel.name()]).status()?;
         if !status.success() {

@@ -245,6 +245,7 @@ pub(crate) struct Userspace {
     sockets: Mutex<Settings>,
     /// Serialises changes of port and mark. Not `control`: the thread that binds may wait for that.
     rebinding: Mutex<()>,
+    why_not_kernel: Option<String>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -276,6 +277,7 @@ impl Userspace {
             virtual_out,
             sockets: Mutex::new(settings),
             rebinding: Mutex::default(),
+            why_not_kernel: None,
             threads: Mutex::default(),
         };
         let (pass_on, handshakes) = sync_channel(HANDSHAKES_WAITING_MAX);
@@ -289,6 +291,12 @@ impl Userspace {
         let housekeeper = Housekeeper::new(shared, handshakes);
         engine.spawn("housekeeper", move || housekeeper.run())?;
         Ok(engine)
+    }
+
+    /// Says why this engine runs where the kernel's was to be tried first.
+    pub(crate) fn instead_of_kernel(mut self, why: String) -> Self {
+        self.why_not_kernel = Some(why);
+        self
     }
 
     /// Starts one thread; if it fails or panics the whole tunnel stops and says why.
@@ -390,7 +398,7 @@ impl Tunnel for Userspace {
         BackendInfo {
             kind: BackendKind::Userspace,
             offloads: self.offloads.read(),
-            why_not_kernel: Some("this version has no kernel backend".into()),
+            why_not_kernel: self.why_not_kernel.clone(),
         }
     }
 

@@ -18,6 +18,8 @@ pub enum TunnelError {
         "there is no /dev/net/tun here; load the module with `modprobe tun`, or give the container the device"
     )]
     NoTunDevice,
+    #[error("the kernel's WireGuard cannot be used: {why}")]
+    NoKernel { why: String },
     #[error("no right to create interface {name}; run as root or with CAP_NET_ADMIN")]
     NoRights { name: String },
     #[error("interface {name} already exists; choose another name or remove it with `ip link del {name}`")]

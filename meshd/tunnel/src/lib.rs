@@ -53,6 +53,8 @@ mod housekeeper;
 mod inbound;
 mod outbound;
 
+mod kernel;
+
 mod quiescence;
 mod receive;
 mod tun;
@@ -66,6 +68,7 @@ pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
 pub use tunnel::{
-    BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tuning, Tunnel, open, open_tuned, open_with,
+    Backend, BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tuning, Tunnel, open, open_on,
+    open_tuned, open_with,
 };
 pub use uapi::{Uapi, UapiAccess};

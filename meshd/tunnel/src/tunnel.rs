@@ -8,6 +8,7 @@ use crate::detour::DatagramSink;
 use crate::engine::Userspace;
 use crate::error::TunnelError;
 use crate::event::Events;
+use crate::kernel::{self, Kernel};
 use crate::key::{PrivateKey, PublicKey};
 
 /// One WireGuard interface. Calls may come from any thread; none of them waits for the network.
@@ -127,6 +128,9 @@ pub trait Tunnel: Send + Sync {
     /// answer shows as [`HandshakeDone`](crate::TunnelEvent::HandshakeDone); a session in use stays in
     /// use until then. Calls closer together than 20 ms are one. `false` if there is no such peer
     /// or it has no endpoint.
+    ///
+    /// The kernel's WireGuard has no such request: while a session is in use and the peer is heard, nothing is
+    /// sent and the answer is `false`; otherwise the peer is greeted, at one endpoint once in 5 s.
     fn initiate_handshake(&self, key: &PublicKey) -> bool;
 
     /// Sends one handshake initiation to all of `to` (at most 32) and leaves the endpoint as it is. Where the
@@ -189,8 +193,8 @@ pub trait Tunnel: Send + Sync {
     fn close(&self);
 }
 
-/// Creates the interface, sets its MTU, brings it up and starts to listen. Addresses and routes are
-/// the caller's.
+/// Creates the interface with the userspace engine, sets its MTU, brings it up and starts to listen.
+/// Addresses and routes are the caller's.
 ///
 /// # Errors
 /// Nothing is left behind; each variant of [`TunnelError`] names the next step.
@@ -241,6 +245,41 @@ impl Tuning {
     }
 }
 
+/// As [`open`], on the engine that is asked for.
+///
+/// # Errors
+/// As [`open`], and [`TunnelError::NoKernel`] if [`Backend::Kernel`] was asked for in vain.
+pub fn open_on(config: TunnelConfig, backend: Backend) -> Result<Box<dyn Tunnel>, TunnelError> {
+    config.check()?;
+    kernel::remove_abandoned(&config.interface);
+    if backend == Backend::Userspace {
+        return open(config);
+    }
+    match Kernel::open(&config) {
+        Ok(kernel) => Ok(Box::new(kernel)),
+        Err(kernel::OpenError::Other(error)) => Err(error),
+        Err(kernel::OpenError::Absent(why)) if backend == Backend::Kernel => {
+            Err(TunnelError::NoKernel { why })
+        }
+        Err(kernel::OpenError::Absent(why)) => {
+            tracing::info!(%why, "userspace WireGuard");
+            Ok(Box::new(Userspace::open(config, Tuning::default())?.instead_of_kernel(why)))
+        }
+    }
+}
+
+/// Which engine may carry an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// The kernel's WireGuard where it exists, else the userspace engine.
+    #[default]
+    Auto,
+    /// The kernel's WireGuard and no other.
+    Kernel,
+    /// The userspace engine, also where the kernel has its own.
+    Userspace,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BackendKind {
@@ -253,7 +292,7 @@ pub enum BackendKind {
 pub struct BackendInfo {
     pub kind: BackendKind,
     pub offloads: Offloads,
-    /// Why the kernel's own WireGuard is not used; `None` if it is.
+    /// Why the kernel's own WireGuard is not used although it was to be tried; else `None`.
     pub why_not_kernel: Option<String>,
 }
 

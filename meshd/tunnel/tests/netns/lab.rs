@@ -7,7 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tunnel::{
-    Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tuning, Tunnel, TunnelConfig, TunnelEvent,
+    Backend, Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tuning, Tunnel, TunnelConfig,
+    TunnelEvent,
 };
 use nix::sched::{CloneFlags, setns};
 
@@ -171,15 +172,23 @@ impl End {
     }
 
     pub(crate) fn tuned(namespace: Namespace, number: u8, tuning: Tuning) -> Self {
+        let tunnel = namespace.run(|| mesh_tunnel::open_tuned(Self::config(number), tuning)).unwrap();
+        Self::with(namespace, number, tunnel)
+    }
+
+    /// An end on the engine that is asked for.
+    pub(crate) fn on(namespace: Namespace, number: u8, backend: Backend) -> Self {
+        let tunnel = namespace.run(|| mesh_tunnel::open_on(Self::config(number), backend)).unwrap();
+        Self::with(namespace, number, tunnel)
+    }
+
+    fn config(number: u8) -> TunnelConfig {
+        let private_key = key(number);
+        TunnelConfig { interface: "wg0".into(), mtu: MTU, listen_port: 0, private_key, fwmark: None }
+    }
+
+    fn with(namespace: Namespace, number: u8, tunnel: Box<dyn Tunnel>) -> Self {
         let address = |text: String| -> IpAddr { text.parse().unwrap() };
-        let config = TunnelConfig {
-            interface: "wg0".into(),
-            mtu: MTU,
-            listen_port: 0,
-            private_key: key(number),
-            fwmark: None,
-        };
-        let tunnel = namespace.run(|| mesh_tunnel::open_tuned(config, tuning)).unwrap();
         let end = Self {
             events: tunnel.events(),
             tunnel,

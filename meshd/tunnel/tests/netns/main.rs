@@ -6,11 +6,13 @@
 #[macro_use]
 mod lab;
 
+mod backend;
 mod basic;
 mod congestion;
 mod detour;
 mod hostile;
 mod interop;
+mod kernel;
 mod lifecycle;
 mod paths;
 mod queues;
