@@ -41,6 +41,7 @@ pub(crate) struct NodeSettings {
     pub(crate) interface: String,
     pub(crate) mtu: u16,
     pub(crate) wg_port: u16,
+    pub(crate) backend: Backend,
     pub(crate) token_file: String,
     pub(crate) name: String,
     pub(crate) certs_dir: PathBuf,
@@ -53,6 +54,14 @@ pub(crate) struct NodeSettings {
 pub(crate) enum LogFormat {
     Text,
     Json,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Backend {
+    Auto,
+    Kernel,
+    Userspace,
 }
 
 /// Every key has a default; an empty string or list stands for "not set".
@@ -74,6 +83,7 @@ socket = "/run/meshd/node.sock"
 interface = "mesh0"
 mtu = 1420
 wg_port = 51820
+backend = "auto"
 token_file = ""
 name = ""
 certs_dir = "/etc/meshd/certs.d"
@@ -273,6 +283,7 @@ mod tests {
             ("wgport = 1", "unknown key \"wgport\""),
             ("wg_port = \"x\"", "wg_port"),
             ("wg_port = 70000", "wg_port"),
+            ("backend = \"hardware\"", "backend"),
             ("endpoints = [\"nowhere\"]", "cannot be used"),
             ("not toml", "cannot read"),
         ] {

@@ -6,7 +6,7 @@ use mesh_runtime::ShutdownToken;
 
 use crate::{
     cli::{self, Cli, ConfigVerb},
-    config::{ControllerSettings, LogFormat, NodeSettings, Settings, optional},
+    config::{Backend, ControllerSettings, LogFormat, NodeSettings, Settings, optional},
     failure::Failure,
     passphrase,
 };
@@ -155,6 +155,11 @@ fn node_run(settings: &Settings) -> Result<(), Failure> {
         interface: parsed.interface,
         mtu: parsed.mtu,
         wg_port: parsed.wg_port,
+        backend: match parsed.backend {
+            Backend::Auto => mesh_node::Backend::Auto,
+            Backend::Kernel => mesh_node::Backend::Kernel,
+            Backend::Userspace => mesh_node::Backend::Userspace,
+        },
         token_file: optional(&parsed.token_file).map(PathBuf::from),
         name: optional(&parsed.name),
         certs_dir: parsed.certs_dir,

@@ -64,6 +64,7 @@ impl ErrorCode {
             | C::InterfaceBusy
             | C::FirewallUnavailable
             | C::NamespacesDenied
+            | C::KernelBackendMissing
             | C::ApprovalPending
             | C::HookFailed
             | C::CertificateInvalid

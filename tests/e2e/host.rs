@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mesh_lab::Lab;
-use mesh_tests::{Fleet, fleet_test};
+use mesh_tests::{Fleet, binary, fleet_test};
 
 /// Well under what finds out otherwise: a tick of 10 s, a keepalive of 20 s, a handshake after 25 s.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -27,6 +27,43 @@ fn a_host_that_moves_is_back_at_once() {
         }
         let moves = fleet.processes.log("alpha").matches("this host has moved, connecting anew").count();
         assert!(moves >= 2, "the uplink saw {moves} moves");
+    });
+}
+
+/// Whether this kernel has WireGuard of its own.
+fn kernel_has_wireguard(fleet: &Fleet, host: &str) -> bool {
+    let made = fleet.on(host, "ip", &["link", "add", "wg-probe", "type", "wireguard"]);
+    if made.code == 0 {
+        fleet.on(host, "ip", &["link", "del", "wg-probe"]).ok();
+    }
+    made.code == 0
+}
+
+#[test]
+fn the_kernels_wireguard_is_used_where_it_exists_and_refused_where_not() {
+    fleet_test("host::the_kernels_wireguard_is_used_where_it_exists_and_refused_where_not", || {
+        let mut fleet = Fleet::with_nodes(&["alpha"]);
+        let has = kernel_has_wireguard(&fleet, "alpha");
+        let status = fleet.meshctl("alpha", &["status", "-o", "json"]).ok().json();
+        assert_eq!(status["backend"], if has { "kernel" } else { "userspace" });
+        let why = status["whyNotKernel"].as_str().unwrap();
+        assert_eq!(why.contains("module `wireguard`"), !has, "{why}");
+        let wide = fleet.meshctl("alpha", &["status", "-o", "wide"]).ok().stdout;
+        assert_eq!(wide.contains("not the kernel's WireGuard: "), !has, "{wide}");
+
+        fleet.processes.kill("alpha").unwrap();
+        let state = fleet.state("alpha").display().to_string();
+        let socket = fleet.path("alpha").join("other.sock").display().to_string();
+        let args = ["node", "run", "--state-dir", &state, "--socket", &socket, "--wg-port", "0", "--backend"];
+        let run =
+            |backend| fleet.on("alpha", binary("meshd").to_str().unwrap(), &[&args[..], &[backend]].concat());
+        run("hardware").refused("E0113", 2);
+        if !has {
+            let refused = run("kernel").refused("E0121", 1);
+            for part in ["modprobe wireguard", "--backend userspace"] {
+                assert!(refused.stderr.contains(part), "{part} in {refused}");
+            }
+        }
     });
 }
 

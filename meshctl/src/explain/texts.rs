@@ -109,6 +109,11 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "The demo builds its network in private namespaces, which this machine does not allow this user.",
             "Run as root, or allow them: `sysctl -w kernel.unprivileged_userns_clone=1` or `sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`, whichever exists.",
         ),
+        ErrorCode::KernelBackendMissing => (
+            "the kernel has no WireGuard",
+            "`--backend kernel` was asked for, and this kernel has no module `wireguard`, or does not let this process use it.",
+            "`modprobe wireguard`; install a kernel that has it (Linux 5.6 or later, `apt install linux-image-amd64`); or use --backend auto or userspace: they speak the same protocol.",
+        ),
         ErrorCode::ControllerUnreachable => (
             "the controller cannot be reached",
             "No connection to the controller could be made. The mesh goes on without it until the leases end.",

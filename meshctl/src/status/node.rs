@@ -32,6 +32,9 @@ fn lines(status: &pb::NodeStatus, now: i64, wide: bool) -> Vec<String> {
         return lines;
     }
     lines.push(head(status, now));
+    if wide && !status.why_not_kernel.is_empty() {
+        lines.push(format!("not the kernel's WireGuard: {}", safe(&status.why_not_kernel)));
+    }
     if status.peers.is_empty() {
         lines.push("no peers: no other node, or policy allows none".to_owned());
     } else {
@@ -142,7 +145,7 @@ fn document(status: &pb::NodeStatus) -> Value {
         "trustDomain": status.trust_domain, "tags": status.tags, "controller": status.controller,
         "controllerConnected": status.controller_connected, "controllerRttMicros": status.controller_rtt_us,
         "controllerOffsetSeconds": status.controller_offset_secs, "backend": status.backend,
-        "offloads": status.offloads, "interface": status.interface, "wireguardPort": status.wireguard_port,
+        "whyNotKernel": status.why_not_kernel, "offloads": status.offloads, "interface": status.interface, "wireguardPort": status.wireguard_port,
         "serial": hex::encode(&status.serial), "notAfter": rfc3339(status.not_after),
         "renewsAt": rfc3339(status.renews_at), "crlNumber": status.crl_number, "rosterSeq": status.roster_seq,
         "version": status.version, "peers": status.peers.iter().map(peer).collect::<Vec<_>>(),

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+pub use mesh_tunnel::Backend;
+
 /// Everything `meshd node run` takes. The caller has parsed it before anything is opened.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
@@ -16,6 +18,8 @@ pub struct RunConfig {
     pub mtu: u16,
     /// UDP port of WireGuard, both families; 0 takes any that is free.
     pub wg_port: u16,
+    /// Whose WireGuard carries the overlay.
+    pub backend: Backend,
     /// Join token to enroll with when there is no identity yet; `None` waits for `meshctl enroll`.
     pub token_file: Option<PathBuf>,
     /// Name to ask for at enrollment; `None` takes the host name.
@@ -34,6 +38,7 @@ impl Default for RunConfig {
             interface: "mesh0".into(),
             mtu: 1420,
             wg_port: 51820,
+            backend: Backend::Auto,
             token_file: None,
             name: None,
             certs_dir: "/etc/meshd/certs.d".into(),

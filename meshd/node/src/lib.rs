@@ -27,6 +27,6 @@ mod state;
 mod testing;
 mod uplink;
 
-pub use config::RunConfig;
+pub use config::{Backend, RunConfig};
 pub use failure::{Failure, Failure as StartupError};
 pub use run::run;

@@ -46,6 +46,7 @@ impl Running {
             interface: config.interface.clone(),
             mtu: config.mtu,
             wg_port: config.wg_port,
+            backend: config.backend,
             endpoints: config.endpoints.clone(),
             active: identities.active(),
         };

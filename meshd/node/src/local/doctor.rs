@@ -79,6 +79,8 @@ fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
     let crl = (network.crl_number == 0)
         .then(|| ("bad", "there is no CRL yet".to_owned(), "let the node reach its controller once"));
     report.check("revocation list", crl);
+    // Not a fault: the userspace engine speaks the same protocol.
+    report.check(&backend_check(network), None);
     report.check(&format!("interface {}, UDP port {}", network.interface, network.wireguard_port), None);
     for peer in &network.peers {
         let silent = (!peer.has_session).then(|| {
@@ -90,6 +92,17 @@ fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
             ("warn", what, "check that its UDP port is open, or give it an endpoint in its configuration")
         });
         report.check(&format!("peer {}", peer.name), silent);
+    }
+}
+
+/// Which engine runs; where the kernel's was tried in vain, why and how to get it.
+fn backend_check(network: &NetworkStatus) -> String {
+    match &network.why_not_kernel {
+        Some(why) => format!(
+            "WireGuard in {}: {why}; `modprobe wireguard` and a restart of meshd would use the kernel's",
+            network.backend
+        ),
+        None => format!("WireGuard in {}", network.backend),
     }
 }
 

@@ -4,13 +4,16 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Tunnel, TunnelConfig, TunnelError};
+use mesh_tunnel::{Backend, Tunnel, TunnelConfig, TunnelError};
 
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
 use crate::hostop::{Host, HostError, HostOp};
 use crate::roster::Place;
 
+/// How to get the kernel's WireGuard.
+const NO_MODULE: &str =
+    "load the module with `modprobe wireguard` (a container uses its host's), or take --backend userspace";
 /// The finding that this host has no IPv6.
 const NO_IPV6: &str = "host/ipv6";
 
@@ -83,8 +86,8 @@ pub(super) async fn missing(
 }
 
 /// Opens the tunnel; it may wait for the kernel.
-pub(super) async fn open_tunnel(config: TunnelConfig) -> Result<Box<dyn Tunnel>, Failure> {
-    tokio::task::spawn_blocking(move || mesh_tunnel::open(config))
+pub(super) async fn open_tunnel(config: TunnelConfig, backend: Backend) -> Result<Box<dyn Tunnel>, Failure> {
+    tokio::task::spawn_blocking(move || mesh_tunnel::open_on(config, backend))
         .await
         .map_err(|error| Failure::internal("opening the tunnel was cut off", &error))?
         .map_err(tunnel_failure)
@@ -97,6 +100,7 @@ pub(crate) fn tunnel_failure(error: TunnelError) -> Failure {
         TunnelError::NoTunDevice => {
             (C::TunMissing, "load the module with `modprobe tun`, or give the container /dev/net/tun")
         }
+        TunnelError::NoKernel { .. } => (C::KernelBackendMissing, NO_MODULE),
         TunnelError::NoRights { .. } | TunnelError::SocketRights { .. } => {
             (C::TunDenied, "run meshd as root, or with CAP_NET_ADMIN")
         }

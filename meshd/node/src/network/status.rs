@@ -10,6 +10,8 @@ use time::UtcDateTime;
 pub(crate) struct NetworkStatus {
     pub(crate) interface: String,
     pub(crate) backend: String,
+    /// Why the kernel's WireGuard is not used though it was tried.
+    pub(crate) why_not_kernel: Option<String>,
     pub(crate) offloads: Vec<String>,
     pub(crate) wireguard_port: u16,
     pub(crate) peers: Vec<PeerView>,

@@ -18,7 +18,7 @@ use mesh_core::endpoints::Overlay;
 use mesh_core::peer_table::PeerTable;
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{Backend, Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
@@ -57,6 +57,7 @@ pub(crate) struct Setup {
     pub(crate) interface: String,
     pub(crate) mtu: u16,
     pub(crate) wg_port: u16,
+    pub(crate) backend: Backend,
     pub(crate) endpoints: Vec<SocketAddr>,
     pub(crate) active: Arc<Active>,
 }
@@ -123,6 +124,7 @@ impl Worker {
             interface,
             mtu,
             wg_port,
+            backend,
             endpoints: configured,
             active,
         } = setup;
@@ -148,7 +150,7 @@ impl Worker {
         };
         // The table comes before the interface it speaks of: there is no moment without it.
         let (firewall, mark) = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
-        let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config).await?.into();
+        let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config, backend).await?.into();
         overlay::address(&host, tunnel.name(), &place, &findings).await?;
         let events = forward_events(tunnel.as_ref());
         let belief = Belief { anchors: trust.anchors(), revocation: trust.revocation() };

@@ -54,6 +54,7 @@ impl Worker {
         NetworkStatus {
             interface: self.tunnel.name().to_owned(),
             backend: backend_name(self.tunnel.as_ref()).to_owned(),
+            why_not_kernel: self.tunnel.backend().why_not_kernel,
             offloads: offloads(self.tunnel.as_ref()),
             wireguard_port: self.tunnel.listen_port(),
             peers: peers.collect(),

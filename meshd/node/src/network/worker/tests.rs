@@ -38,6 +38,7 @@ impl Fixture {
             interface: INTERFACE.into(),
             mtu: 1280,
             wg_port: 0,
+            backend: Backend::Auto,
             endpoints: Vec::new(),
             active: identities.active(),
         };
