@@ -3,10 +3,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test bench lint audit bench-inventory docs deps deps-test build check-tree
+.PHONY: help demo test test-kernel bench lint audit bench-inventory docs deps deps-test build check-tree
 help:
 	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
 	@echo "make test    every test, lint and judge (what CI runs)"
+	@echo "make test-kernel  the kernel's WireGuard, in a virtual machine with Debian's kernel"
 	@echo "make bench   the figures, as ratios against a baseline of the same run"
 	@echo "make lint    formatting, clippy, documentation, dependency arrows"
 	@echo "make audit   advisories, licences and sources of the dependencies (ADVISORY_DB=DIR, cargo-deny)"
@@ -20,6 +21,7 @@ deps-test: deps
 	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl update-ca-certificates:ca-certificates \
 		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3
 	@tests/judges/install
+	@tests/interop/install
 
 build:
 	cargo build --locked --release --bin meshd --bin meshctl
@@ -48,6 +50,12 @@ bench-inventory:
 # Known holes and licences, by deny.toml; offline, against a copy of the RustSec database.
 audit:
 	@ADVISORY_DB="$(ADVISORY_DB)" tests/audit
+
+# Not in `make test`: without /dev/kvm the guest is emulated, and each way to rekey is waited for.
+test-kernel: deps
+	@deploy/install-packages ping:iputils-ping wg:wireguard-tools unshare:util-linux nsenter:util-linux python3:python3 \
+		qemu-system-x86_64:qemu-system-x86 busybox:busybox cpio:cpio depmod:kmod
+	@tests/kernel/run
 
 bench: deps-test
 	@deploy/install-packages iperf3:iperf3 cfssl:golang-cfssl
