@@ -1,4 +1,4 @@
-//! Against Debian's wireguard-go, set up with `wg`.
+//! Against Debian's wireguard-go and boringtun-cli, set up with `wg`.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -17,24 +17,34 @@ use crate::lab::{Namespace, eventually, key, open_as, two_namespaces};
 const PORT: u16 = 51820;
 const PSK: [u8; 32] = [42; 32];
 
-/// A wireguard-go daemon on `wg0` of a namespace, with private key `key(2)`.
-struct WireguardGo {
+/// Another's daemon on `wg0` of a namespace, with private key `key(2)`.
+struct Theirs {
     daemon: Child,
     namespace: Namespace,
 }
 
-impl WireguardGo {
-    fn start(namespace: Namespace) -> Self {
+impl Theirs {
+    fn wireguard_go(namespace: Namespace) -> Self {
         let mut command = Command::new("wireguard-go");
-        command.args(["-f", "wg0"]).env("LOG_LEVEL", "error").stdin(Stdio::null());
-        let daemon = namespace.run(|| command.spawn()).unwrap_or_else(|error| {
-            panic!("wireguard-go must be installed (apt install wireguard-go): {error}")
-        });
+        command.args(["-f", "wg0"]).env("LOG_LEVEL", "error");
+        Self::start(namespace, command, "wireguard-go must be installed (apt install wireguard-go)")
+    }
+
+    fn boringtun(namespace: Namespace) -> Self {
+        let installed = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/tools/bin/boringtun-cli");
+        let mut command = Command::new(std::env::var("BORINGTUN_CLI").unwrap_or_else(|_| installed.into()));
+        command.args(["-f", "--disable-drop-privileges", "wg0"]).env("WG_LOG_LEVEL", "error");
+        Self::start(namespace, command, "boringtun-cli must be installed (tests/interop/install)")
+    }
+
+    fn start(namespace: Namespace, mut command: Command, needed: &str) -> Self {
+        command.stdin(Stdio::null());
+        let daemon = namespace.run(|| command.spawn()).unwrap_or_else(|error| panic!("{needed}: {error}"));
         fs::write("/run/key", STANDARD.encode(*key(2).to_bytes())).unwrap();
         fs::write("/run/psk", STANDARD.encode(PSK)).unwrap();
         let go = Self { daemon, namespace };
         let set_up = format!("set wg0 private-key /run/key listen-port {PORT}");
-        eventually("wireguard-go answers", || go.try_wg(&set_up));
+        eventually("their daemon answers", || go.try_wg(&set_up));
         go.namespace.ip("addr add 10.214.0.2/24 dev wg0");
         go.namespace.ip("addr add fd14::2/64 dev wg0");
         go.namespace.ip("link set wg0 mtu 1420 up");
@@ -63,7 +73,7 @@ impl WireguardGo {
     }
 }
 
-impl Drop for WireguardGo {
+impl Drop for Theirs {
     fn drop(&mut self) {
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
@@ -104,39 +114,57 @@ fn traffic(a: &Namespace, b: &Namespace) {
     }
 }
 
+/// We begin, and begin again three times.
+fn we_begin_and_rekey(start: impl FnOnce(Namespace) -> Theirs) {
+    let (a, b) = two_namespaces();
+    let (theirs, tunnel) = (start(b), ours(&a));
+    theirs.add_peer(tunnel.public_key(), "");
+    tunnel.set_peer(their_config(true)).unwrap();
+    traffic(&a, &theirs.namespace);
+    for _ in 0..3 {
+        while tunnel.events().try_recv().is_some() {}
+        assert!(tunnel.initiate_handshake(&key(2).public()));
+        handshake_done(&*tunnel);
+        traffic(&a, &theirs.namespace);
+    }
+    assert_eq!(tunnel.counters().rx_invalid, 0, "{:?}", tunnel.counters());
+    let transfer = theirs.wg("show wg0 transfer");
+    let numbers: Vec<u64> = transfer.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
+    assert!(numbers.iter().all(|bytes| *bytes > 16 << 20), "{transfer}");
+}
+
+/// They begin, forget us, and begin again, three times.
+fn they_begin_and_start_over(start: impl FnOnce(Namespace) -> Theirs) {
+    let (a, b) = two_namespaces();
+    let (theirs, tunnel) = (start(b), ours(&a));
+    tunnel.set_peer(their_config(false)).unwrap();
+    let endpoint = format!("endpoint 10.213.0.1:{} persistent-keepalive 1", tunnel.listen_port());
+    for _ in 0..3 {
+        theirs.add_peer(tunnel.public_key(), &endpoint);
+        handshake_done(&*tunnel);
+        traffic(&a, &theirs.namespace);
+        while tunnel.events().try_recv().is_some() {}
+        theirs.wg(&format!("set wg0 peer {} remove", tunnel.public_key()));
+    }
+    let stats = tunnel.peers();
+    assert_eq!(stats[0].endpoint, Some(([10, 213, 0, 2], PORT).into()));
+}
+
 netns_tests! {
     fn we_begin_and_rekey_with_wireguard_go() {
-        let (a, b) = two_namespaces();
-        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
-        go.add_peer(tunnel.public_key(), "");
-        tunnel.set_peer(their_config(true)).unwrap();
-        traffic(&a, &go.namespace);
-        for _ in 0..3 {
-            while tunnel.events().try_recv().is_some() {}
-            assert!(tunnel.initiate_handshake(&key(2).public()));
-            handshake_done(&*tunnel);
-            traffic(&a, &go.namespace);
-        }
-        assert_eq!(tunnel.counters().rx_invalid, 0, "{:?}", tunnel.counters());
-        let transfer = go.wg("show wg0 transfer");
-        let numbers: Vec<u64> = transfer.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
-        assert!(numbers.iter().all(|bytes| *bytes > 16 << 20), "{transfer}");
+        we_begin_and_rekey(Theirs::wireguard_go);
     }
 
     fn wireguard_go_begins_and_starts_over() {
-        let (a, b) = two_namespaces();
-        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
-        tunnel.set_peer(their_config(false)).unwrap();
-        let endpoint = format!("endpoint 10.213.0.1:{} persistent-keepalive 1", tunnel.listen_port());
-        for _ in 0..3 {
-            go.add_peer(tunnel.public_key(), &endpoint);
-            handshake_done(&*tunnel);
-            traffic(&a, &go.namespace);
-            while tunnel.events().try_recv().is_some() {}
-            go.wg(&format!("set wg0 peer {} remove", tunnel.public_key()));
-        }
-        let stats = tunnel.peers();
-        assert_eq!(stats[0].endpoint, Some(([10, 213, 0, 2], PORT).into()));
+        they_begin_and_start_over(Theirs::wireguard_go);
+    }
+
+    fn we_begin_and_rekey_with_boringtun() {
+        we_begin_and_rekey(Theirs::boringtun);
+    }
+
+    fn boringtun_begins_and_starts_over() {
+        they_begin_and_start_over(Theirs::boringtun);
     }
 }
 
@@ -153,7 +181,7 @@ fn text(output: Output) -> String {
 netns_tests! {
     fn wg_configures_and_shows_our_interface() {
         let (a, b) = two_namespaces();
-        let (go, tunnel) = (WireguardGo::start(b), Arc::<dyn Tunnel>::from(ours(&a)));
+        let (go, tunnel) = (Theirs::wireguard_go(b), Arc::<dyn Tunnel>::from(ours(&a)));
         // Both sockets would be called wg0: theirs is out of the way once it is configured.
         go.add_peer(key(3).public(), "");
         crate::lab::run("mv", &["/var/run/wireguard/wg0.sock", "/var/run/wireguard/theirs"]);
@@ -246,7 +274,7 @@ const SOAK_REQUESTS: u32 = 210;
 fn soak(path: &str, we_begin: bool) {
     crate::lab::in_namespaces(path, Duration::from_secs(900), || {
         let (a, b) = two_namespaces();
-        let (go, tunnel) = (WireguardGo::start(b), ours(&a));
+        let (go, tunnel) = (Theirs::wireguard_go(b), ours(&a));
         let theirs = format!("endpoint 10.213.0.1:{}", tunnel.listen_port());
         go.add_peer(tunnel.public_key(), if we_begin { "" } else { &theirs });
         tunnel.set_peer(their_config(we_begin)).unwrap();
