@@ -57,6 +57,14 @@ test-kernel: deps
 		qemu-system-x86_64:qemu-system-x86 busybox:busybox cpio:cpio depmod:kmod
 	@tests/kernel/run
 
+.PHONY: bench-ocsp bench-revocation
+# OCSP responses a second, client included; and the time of one revocation at 10^2, 10^4 and 10^6 revoked.
+bench-ocsp:
+	cargo test --release -p mesh-controller --test controller -- ocsp::rate --ignored --nocapture
+
+bench-revocation:
+	cargo test --release -p mesh-controller --lib -- revocation_is_flat --ignored --nocapture
+
 bench: deps-test
 	@deploy/install-packages iperf3:iperf3 cfssl:golang-cfssl
 	tests/bench/run

@@ -401,7 +401,7 @@ impl Controller {
 }
 
 /// World from the newest snapshot and the records after it.
-fn load_world(
+pub(crate) fn load_world(
     state: &StateDir,
     journal: &dyn Journal,
     snapshots: &Snapshots,

@@ -402,3 +402,6 @@ pub(crate) fn crl_have(issuer: &KeyId, shard: u16, number: u64) -> pb::CrlHave {
 fn message(crl: PublishedCrl) -> pb::Crl {
     pb::Crl { issuer_key_id: crl.issuer.0.into(), shard: crl.shard.into(), number: crl.number, der: crl.der }
 }
+
+#[cfg(test)]
+mod tests;

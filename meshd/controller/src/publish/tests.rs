@@ -1,0 +1,145 @@
+//! The time of one revocation, from the command to the recorded CRL, through the real writer, journal and publisher.
+
+use std::time::Instant;
+
+use mesh_core::world::ShardGroup;
+use mesh_core::{
+    Actor, CertificateRecord, DnsName, KeyHash, OperationId, Owner, Reason, Record, Request, Serial, Which,
+    World,
+};
+use mesh_runtime::SystemClock;
+
+use super::*;
+use crate::authority::Authority;
+use crate::config::{InitConfig, Unlock};
+use crate::controller::load_world;
+use crate::state::StateDir;
+use crate::writer::WriterParts;
+
+/// Revocations that are timed.
+const TIMED: usize = 300;
+
+fn certificate(world: &World, issuer: &KeyId, number: u64, now: UtcTime) -> CertificateRecord {
+    let mut serial = [0x41; 16];
+    // The tail of a real serial is random.
+    serial[8..].copy_from_slice(&number.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes());
+    serial[4..8].copy_from_slice(&(number as u32).to_be_bytes());
+    let (serial, name) = (Serial(serial), format!("s{number}.mesh.internal"));
+    let mut key_hash = [0; 32];
+    key_hash[..8].copy_from_slice(&number.to_be_bytes());
+    CertificateRecord {
+        serial,
+        key_hash: KeyHash(key_hash),
+        owner: Owner::Detached { operator: None },
+        profile: "server".into(),
+        names: vec![DnsName::try_from(name.as_str()).unwrap()],
+        ips: Vec::new(),
+        pair_name: name,
+        shard: world.place_for(issuer, &serial).shard,
+        not_before: now,
+        not_after: now + Duration::from_secs(80 * 86_400),
+        issuer_key_id: issuer.clone(),
+        der: vec![1],
+    }
+}
+
+/// Adds `revoked` revoked certificates and [`TIMED`] live ones, as their records would have.
+fn fill(world: &mut World, issuer: &KeyId, revoked: u64, now: UtcTime) -> Vec<Serial> {
+    let seq = world.head_seq();
+    let mut apply = |world: &mut World, changes: Vec<Change>| {
+        let record = Record {
+            operation: OperationId(mesh_runtime::random_bytes()),
+            at: now,
+            actor: Actor::Controller,
+            who: "controller".into(),
+            action: "cert.issue".into(),
+            changes,
+        };
+        world.apply(seq, &record);
+    };
+    let mut live = Vec::new();
+    for number in 0..revoked + TIMED as u64 {
+        if number == 0 || world.shards_are_full(issuer) {
+            let first = world.shard_groups(issuer).last().map_or(1, |group| group.first + group.count);
+            let group = ShardGroup { first, count: 16, base_url: "http://pki.mesh.internal".into() };
+            apply(world, vec![Change::CrlShardsOpened { issuer_key_id: issuer.clone(), group }]);
+        }
+        let certificate = certificate(world, issuer, number, now);
+        let serial = certificate.serial;
+        let mut changes = vec![Change::CertificateIssued { certificate }];
+        if number < revoked {
+            changes.push(Change::CertificateRevoked { serial, reason: Reason::Superseded });
+        } else {
+            live.push(serial);
+        }
+        apply(world, changes);
+    }
+    live
+}
+
+/// Median and 99th percentile.
+async fn measure(revoked: u64) -> (Duration, Duration) {
+    let folder = tempfile::tempdir().unwrap();
+    let clock: SharedClock = Arc::new(SystemClock);
+    let init = InitConfig {
+        state_dir: folder.path().join("state"),
+        domain: "mesh.internal".into(),
+        name: "ctl-1".into(),
+        fleet: "test".into(),
+        advertise: vec![],
+        publish_url: None,
+        ipv4_pool: "100.64.0.0/10".parse().unwrap(),
+        unlock: Unlock::None,
+        passphrase: None,
+    };
+    crate::init::init(init.clone(), Arc::clone(&clock)).unwrap();
+    let (state, store) = StateDir::open(&init.state_dir).unwrap();
+    let journal: Box<dyn mesh_store::Journal> = Box::new(store.journal);
+    let (mut world, head) = load_world(&state, &*journal, &store.snapshots).unwrap();
+    let domain = mesh_ca::TrustDomain::parse("mesh.internal").unwrap();
+    let authority = Authority::open(&state.keys(), &domain, world.cas(), Unlock::None, None).unwrap();
+    let authority = Arc::new(authority);
+    let issuer = authority.issuer_key_id(CaRole::Issuing);
+    let live = fill(&mut world, &issuer, revoked, clock.utc_now().into());
+    let directory = Arc::new(Directory::new(world, head));
+    let (writer, thread) = Writer::start(WriterParts {
+        journal,
+        directory: Arc::clone(&directory),
+        clock: Arc::clone(&clock),
+        fatal: ShutdownToken::new(),
+    })
+    .unwrap();
+    let issuing = Issuing::new(authority, Arc::clone(&directory), Arc::clone(&clock));
+    let parts = (clock, state.crls(), Publishing { url: None, shards: 16 });
+    let publisher = Publisher::new(directory, writer.clone(), issuing, parts);
+    publisher.start().await.unwrap();
+    let mut times = Vec::with_capacity(TIMED);
+    for serial in live {
+        let command =
+            Command::RevokeCertificates { which: Which::Serial(serial), reason: Reason::Superseded };
+        let operation = OperationId(mesh_runtime::random_bytes());
+        let began = Instant::now();
+        let committed = writer.submit(Request { actor: Actor::LocalRoot, operation, command }).await.unwrap();
+        let covering = publisher.cover(committed.changes()).await.unwrap();
+        times.push(began.elapsed());
+        assert_eq!(covering.len(), 1, "one shard");
+    }
+    writer.stop();
+    thread.join().unwrap();
+    times.sort();
+    (times[TIMED / 2], times[TIMED * 99 / 100])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement of a minute or two: make bench-revocation"]
+async fn revocation_is_flat_from_a_hundred_to_a_million() {
+    let mut figures = Vec::new();
+    for revoked in [100, 10_000, 1_000_000] {
+        let (median, p99) = measure(revoked).await;
+        println!("revocation: {revoked} revoked, median {median:?}, p99 {p99:?}");
+        figures.push((median, p99));
+    }
+    let (first, last) = (figures[0], figures[2]);
+    assert!(last.1 <= Duration::from_millis(20), "{figures:?}");
+    assert!(last.1.as_secs_f64() <= 1.5 * first.1.as_secs_f64(), "{figures:?}");
+}
