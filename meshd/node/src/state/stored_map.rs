@@ -69,7 +69,7 @@ impl StateDir {
     }
 
     pub(crate) fn save_crls(&self, crls: &[pb::Crl]) -> Result<(), StateError> {
-        let response = pb::CrlsResponse { crls: crls.to_vec() };
+        let response = pb::CrlsResponse { crls: crls.to_vec(), ocsp: Vec::new() };
         self.write(CRLS_FILE, &response.encode_to_vec())
     }
 
