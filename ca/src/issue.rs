@@ -352,6 +352,8 @@ fn leaf_params(template: &LeafTemplate, domain: &TrustDomain) -> Result<Certific
     Ok(params)
 }
 
+/// One verification of the signature is enough, and webpki's is the one our own clients will make;
+/// the second parser reads the same octets for key and times.
 fn recheck_leaf(
     der: &[u8],
     issuer: &Issuer,
@@ -359,40 +361,58 @@ fn recheck_leaf(
     not_before: UtcDateTime,
     not_after: UtcDateTime,
 ) -> Result<(), IssueError> {
-    recheck_signature(der, issuer.certificate_der(), key)?;
+    recheck_key(der, key)?;
+    let certificate = parse_certificate(der).ok_or_else(unreadable)?;
+    let validity = certificate.validity();
+    let (from, to) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    if (from, to) != (not_before.unix_timestamp(), not_after.unix_timestamp()) {
+        return Err(IssueError::Recheck("certificate holds other times".to_owned()));
+    }
     let leaf = CertificateDer::from(der);
-    let webpki = |error: webpki::Error| IssueError::Recheck(error.to_string());
+    let webpki = |error: webpki::Error| match error {
+        webpki::Error::InvalidSignatureForPublicKey => bad_signature(),
+        other => IssueError::Recheck(other.to_string()),
+    };
     let entity = webpki::EndEntityCert::try_from(&leaf).map_err(webpki)?;
     let anchor = webpki::anchor_from_trusted_cert(&issuer.certificate).map_err(webpki)?;
-    for at in [not_before, not_after] {
-        entity
-            .verify_for_usage(
-                webpki::ALL_VERIFICATION_ALGS,
-                std::slice::from_ref(&anchor),
-                &[],
-                to_unix(at),
-                AnyPurpose,
-                None,
-                None,
-            )
-            .map_err(webpki)?;
-    }
+    entity
+        .verify_for_usage(
+            webpki::ALL_VERIFICATION_ALGS,
+            std::slice::from_ref(&anchor),
+            &[],
+            to_unix(not_before),
+            AnyPurpose,
+            None,
+            None,
+        )
+        .map_err(webpki)?;
     match lint_leaf(der, issuer.certificate_der(), issuer.domain()).into_iter().next() {
         Some(finding) => Err(IssueError::Lint(finding)),
         None => Ok(()),
     }
 }
 
-pub(crate) fn recheck_signature(der: &[u8], issuer_der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
-    let unreadable = || IssueError::Recheck("certificate cannot be read back".to_owned());
+fn unreadable() -> IssueError {
+    IssueError::Recheck("certificate cannot be read back".to_owned())
+}
+
+fn bad_signature() -> IssueError {
+    IssueError::Recheck("signature does not verify".to_owned())
+}
+
+fn recheck_key(der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
     let certificate = parse_certificate(der).ok_or_else(unreadable)?;
-    let issuer = parse_certificate(issuer_der).ok_or_else(unreadable)?;
     if certificate.public_key().raw != key.spki_der() {
         return Err(IssueError::Recheck("certificate holds another key".to_owned()));
     }
-    certificate
-        .verify_signature(Some(issuer.public_key()))
-        .map_err(|_| IssueError::Recheck("signature does not verify".to_owned()))
+    Ok(())
+}
+
+pub(crate) fn recheck_signature(der: &[u8], issuer_der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
+    recheck_key(der, key)?;
+    let certificate = parse_certificate(der).ok_or_else(unreadable)?;
+    let issuer = parse_certificate(issuer_der).ok_or_else(unreadable)?;
+    certificate.verify_signature(Some(issuer.public_key())).map_err(|_| bad_signature())
 }
 
 /// Takes every extended key usage: the lint looks at them.
