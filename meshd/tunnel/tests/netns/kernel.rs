@@ -225,7 +225,7 @@ netns_tests! {
 
     #[ignore = "needs the kernel's module: make test-kernel"]
     fn thousands_of_peers_are_listed_in_full() {
-        const PEERS: u16 = 3000;
+        const PEERS: u16 = 2000;
         let (a, b) = connected();
         let start = Instant::now();
         for number in 0..PEERS {
