@@ -26,7 +26,10 @@ pub mod world;
 
 pub mod endpoints;
 pub mod peer_table;
+pub mod rate;
+pub mod relay;
 pub mod rotation;
+pub mod stun;
 
 pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
 pub use change::{Change, Record};
