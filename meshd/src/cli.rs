@@ -150,6 +150,18 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "COUNT", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     crl_shards: Option<u16>,
+    /// UDP port for STUN and the relay, or `off` [default: the address of --listen].
+    #[arg(long, value_name = "ADDR:PORT", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stun_listen: Option<String>,
+    /// Pass on WireGuard's datagrams between nodes without a direct way: true or false [default: true].
+    #[arg(long, value_name = "BOOL", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relay: Option<bool>,
+    /// What one node may send by the relay, bytes per second [default: 4194304].
+    #[arg(long, value_name = "BYTES", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relay_bytes_per_second: Option<u64>,
     /// Log lines: text or json [default: text].
     #[arg(long, value_name = "FORMAT", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -198,8 +210,8 @@ pub(crate) struct NodeRun {
     #[arg(long, value_name = "DIR", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     certs_dir: Option<String>,
-    /// Underlay address under which peers reach this node. Repeatable.
-    #[arg(long, value_name = "ADDR:PORT", global = true)]
+    /// Underlay address or name under which peers reach this node. Repeatable.
+    #[arg(long, value_name = "HOST:PORT", global = true)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     endpoints: Vec<String>,
     /// Log lines: text or json [default: text].

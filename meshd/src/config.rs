@@ -31,6 +31,9 @@ pub(crate) struct ControllerSettings {
     pub(crate) publish_listen: Vec<SocketAddr>,
     pub(crate) publish_url: String,
     pub(crate) crl_shards: u16,
+    pub(crate) stun_listen: String,
+    pub(crate) relay: bool,
+    pub(crate) relay_bytes_per_second: u64,
     pub(crate) log_format: LogFormat,
 }
 
@@ -45,7 +48,7 @@ pub(crate) struct NodeSettings {
     pub(crate) token_file: String,
     pub(crate) name: String,
     pub(crate) certs_dir: PathBuf,
-    pub(crate) endpoints: Vec<SocketAddr>,
+    pub(crate) endpoints: Vec<String>,
     pub(crate) log_format: LogFormat,
 }
 
@@ -74,6 +77,9 @@ passphrase_file = ""
 publish_listen = []
 publish_url = ""
 crl_shards = 4
+stun_listen = ""
+relay = true
+relay_bytes_per_second = 4194304
 log_format = "text"
 "#;
 
@@ -153,6 +159,12 @@ impl Settings {
             let value = match self.values[&key].0 {
                 Value::Integer(_) => text.parse().map(Value::Integer).map_err(|_| {
                     Failure::config(format!("{variable} is not a number"), format!("it says {text:?}"))
+                })?,
+                Value::Boolean(_) => text.parse().map(Value::Boolean).map_err(|_| {
+                    Failure::config(
+                        format!("{variable} is neither true nor false"),
+                        format!("it says {text:?}"),
+                    )
                 })?,
                 Value::Array(_) => {
                     let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
@@ -284,7 +296,6 @@ mod tests {
             ("wg_port = \"x\"", "wg_port"),
             ("wg_port = 70000", "wg_port"),
             ("backend = \"hardware\"", "backend"),
-            ("endpoints = [\"nowhere\"]", "cannot be used"),
             ("not toml", "cannot read"),
         ] {
             fs::write(&file, text).unwrap();

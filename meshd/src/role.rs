@@ -124,6 +124,18 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         Some(file) => Some(passphrase::from_file(&PathBuf::from(file))?),
         None => passphrase::from_credential()?,
     };
+    let stun_listen = match parsed.stun_listen.as_str() {
+        "" => mesh_controller::StunListen::LikeTls,
+        "off" => mesh_controller::StunListen::Off,
+        address => mesh_controller::StunListen::At(address.parse().map_err(|_| {
+            Failure::config(
+                format!("stun_listen = {address:?} cannot be used"),
+                "it is `off` or ADDR:PORT, or empty for the address of `listen`",
+            )
+        })?),
+    };
+    let bytes_per_second = parsed.relay_bytes_per_second;
+    let relay = parsed.relay.then_some(mesh_controller::RelayLimit { bytes_per_second });
     let config = mesh_controller::RunConfig {
         state_dir: parsed.state_dir,
         listen: parsed.listen,
@@ -135,6 +147,8 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
             url: optional(&parsed.publish_url),
             shards: parsed.crl_shards,
         },
+        stun_listen,
+        relay,
         announce: true,
     };
     let log = parsed.log_format;
@@ -149,6 +163,9 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
 
 fn node_run(settings: &Settings) -> Result<(), Failure> {
     let parsed: NodeSettings = settings.parse()?;
+    for endpoint in &parsed.endpoints {
+        check_endpoint(endpoint)?;
+    }
     let config = mesh_node::RunConfig {
         state_dir: parsed.state_dir,
         socket: parsed.socket,
@@ -166,6 +183,17 @@ fn node_run(settings: &Settings) -> Result<(), Failure> {
         endpoints: parsed.endpoints,
     };
     Ok(serve(parsed.log_format, |shutdown| mesh_node::run(config, shutdown))??)
+}
+
+/// An endpoint is HOST:PORT; whether the name exists shows when it is looked up.
+fn check_endpoint(endpoint: &str) -> Result<(), Failure> {
+    let (host, port) = endpoint.rsplit_once(':').unwrap_or_default();
+    let named = !host.is_empty() && !host.contains(':') && host.len() <= 253;
+    let port = port.parse::<u16>().is_ok_and(|port| port != 0);
+    if port && (named || endpoint.parse::<std::net::SocketAddr>().is_ok()) {
+        return Ok(());
+    }
+    Err(Failure::config(format!("endpoints: {endpoint:?} cannot be used"), "it is HOST:PORT or ADDRESS:PORT"))
 }
 
 /// Runs a role on a runtime of its own until it ends or a signal ends it.

@@ -111,6 +111,7 @@ pub(crate) const TABLE: &[(&str, &[Kind])] = &[
     ("/mesh.v1.Renewal/Renew", NODES),
     ("/mesh.v1.Renewal/Resume", RESUMING),
     ("/mesh.v1.Sync/Sync", NODES),
+    ("/mesh.v1.Relay/Open", NODES),
     ("/mesh.v1.Certificates/Issue", NODES_AND_OPERATORS),
     ("/mesh.v1.Certificates/List", NODES_AND_OPERATORS),
     ("/mesh.v1.Certificates/Get", NODES_AND_OPERATORS),
@@ -206,7 +207,7 @@ mod tests {
         let stranger = Caller::Anonymous { address: None };
         for (path, _) in TABLE {
             let allowed = |caller: &Caller| authorize(caller, path).is_ok();
-            let for_nodes = ["Renewal/", "Sync/", "Nodes/Leave"].iter().any(|p| path.contains(p));
+            let for_nodes = ["Renewal/", "Sync/", "Relay/", "Nodes/Leave"].iter().any(|p| path.contains(p));
             if for_nodes {
                 assert!(allowed(&node), "{path}");
                 for other in [&service, &operator, &stranger, &Caller::LocalRoot] {

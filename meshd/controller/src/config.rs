@@ -83,6 +83,29 @@ pub struct InitSummary {
     pub unlock: Unlock,
 }
 
+/// Where the UDP port is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum StunListen {
+    /// At the address and port number of the gRPC listener. If that port is taken, there is none.
+    #[default]
+    LikeTls,
+    At(SocketAddr),
+    Off,
+}
+
+/// What each node may send by the relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RelayLimit {
+    pub bytes_per_second: u64,
+}
+
+impl Default for RelayLimit {
+    /// 4 MiB/s: a terminal, a deployment, a small database; not a backup of all.
+    fn default() -> Self {
+        Self { bytes_per_second: 4 << 20 }
+    }
+}
+
 /// What `meshd controller run` was told.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
@@ -97,6 +120,10 @@ pub struct RunConfig {
     /// Where CRLs and CA certificates are served over plain HTTP; port 0 takes a free one.
     pub publish_listen: Vec<SocketAddr>,
     pub publishing: Publishing,
+    /// UDP port for STUN and the relay's frames.
+    pub stun_listen: StunListen,
+    /// `None`: no relay at all, neither by UDP nor over TLS.
+    pub relay: Option<RelayLimit>,
     /// Print `listening on ADDR` on standard output once requests are served.
     pub announce: bool,
 }

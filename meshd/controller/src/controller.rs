@@ -11,7 +11,7 @@ use mesh_core::{Command, World};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken};
 use mesh_store::{Head, Journal, Snapshots};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, UdpSocket, UnixListener};
 use tokio_rustls::TlsAcceptor;
 use tonic::service::Routes;
 
@@ -37,6 +37,7 @@ use crate::parts::Parts;
 use crate::presence::Presence;
 use crate::publish::Publisher;
 use crate::receipts::Receipts;
+use crate::relay::RelayHub;
 use crate::renew::Renewer;
 use crate::reservations::Reservations;
 use crate::revoke::Revoker;
@@ -49,6 +50,7 @@ use crate::sync::SyncHub;
 use crate::throttle::Throttle;
 use crate::tls::server_config;
 use crate::token::{TokenFacts, TokenSecrets};
+use crate::underlay;
 use crate::views::Views;
 use crate::web::{Web, WebParts, WebSocket};
 use crate::writer::{Writer, WriterParts};
@@ -80,6 +82,7 @@ pub struct Controller {
     unix: UnixListener,
     web: Web,
     web_sockets: Vec<WebSocket>,
+    udp: Option<Arc<UdpSocket>>,
     socket: PathBuf,
     snapshots: SnapshotTaker,
     sightings: Sightings,
@@ -118,6 +121,7 @@ impl Controller {
         let address = tcp
             .local_addr()
             .map_err(|source| StartupError::Listen { address: config.listen.to_string(), source })?;
+        let udp = underlay::bind(config.stun_listen, address).await?;
         let unix = bind_unix(&config.socket).await?;
         let mut web_sockets = Vec::new();
         for address in &config.publish_listen {
@@ -202,6 +206,15 @@ impl Controller {
             incarnation: settings.incarnation,
         };
         let snapshots = SnapshotTaker::new(Arc::clone(&directory), store.snapshots, head.seq);
+        let udp_port = udp.as_ref().and_then(|socket| Some(socket.local_addr().ok()?.port())).unwrap_or(0);
+        let relay = config.relay.map(|limit| {
+            let hub = RelayHub::new(views.clone(), Arc::clone(&clock), limit.bytes_per_second);
+            if let Some(socket) = &udp {
+                hub.use_udp(Arc::clone(socket), udp_port);
+            }
+            hub
+        });
+        let offered = pb::hints::Underlay { udp_port: udp_port.into(), relay: relay.is_some() };
         let parts = Arc::new(Parts {
             enroller: Enroller {
                 directory: Arc::clone(&directory),
@@ -237,7 +250,9 @@ impl Controller {
                 presence: Arc::clone(&presence),
                 archive: archive.clone(),
                 clock: Arc::clone(&clock),
+                offered,
             },
+            relay,
             token_facts: TokenFacts {
                 controllers,
                 root_spki_sha256: authority.root_spki_sha256(),
@@ -277,6 +292,7 @@ impl Controller {
             unix,
             web,
             web_sockets,
+            udp,
             socket: config.socket,
             snapshots,
             sightings,
@@ -314,6 +330,7 @@ impl Controller {
             unix,
             web,
             web_sockets,
+            udp,
             socket,
             snapshots,
             writer_thread,
@@ -341,6 +358,10 @@ impl Controller {
         {
             let server = server.clone();
             tasks.spawn(async move { server.end_ended_identities().await });
+        }
+        if let Some(socket) = udp {
+            let (relay, clock, stop) = (parts.relay.clone(), Arc::clone(&parts.clock), stop.clone());
+            tasks.spawn(underlay::serve(socket, relay, clock, stop));
         }
         {
             let (publisher, stop) = (Arc::clone(&parts.publisher), stop.clone());
@@ -512,6 +533,7 @@ fn routes(parts: &Arc<Parts>) -> Routes {
     use pb::nodes_server::NodesServer;
     use pb::operators_server::OperatorsServer;
     use pb::policy_server::PolicyServer;
+    use pb::relay_server::RelayServer;
     use pb::renewal_server::RenewalServer;
     use pb::sync_server::SyncServer;
     use pb::tokens_server::TokensServer;
@@ -520,6 +542,7 @@ fn routes(parts: &Arc<Parts>) -> Routes {
         .add_service(limited!(EnrollmentServer, service::enrollment::EnrollmentService(parts())))
         .add_service(limited!(RenewalServer, service::renewal::RenewalService(parts())))
         .add_service(limited!(SyncServer, service::sync::SyncService(parts())))
+        .add_service(limited!(RelayServer, service::relay::RelayService(parts())))
         .add_service(limited!(CertificatesServer, service::certificates::CertificatesService(parts())))
         .add_service(limited!(TokensServer, service::tokens::TokensService(parts())))
         .add_service(limited!(NodesServer, service::nodes::NodesService(parts())))

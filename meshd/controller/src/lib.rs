@@ -48,15 +48,20 @@ mod wireguard;
 
 mod entries;
 mod presence;
+mod relay;
 mod sightings;
 mod sync;
+mod underlay;
 mod views;
 
 mod failpoint;
 mod parts;
 mod service;
 
-pub use config::{CRL_SHARDS_DEFAULT, InitConfig, InitSummary, Passphrase, Publishing, RunConfig, Unlock};
+pub use config::{
+    CRL_SHARDS_DEFAULT, InitConfig, InitSummary, Passphrase, Publishing, RelayLimit, RunConfig, StunListen,
+    Unlock,
+};
 pub use controller::{Controller, Environment};
 pub use error::StartupError;
 pub use init::init;

@@ -66,6 +66,9 @@ pub(crate) const POLICY_BYTES_MAX: usize = 128 * 1024;
 pub(crate) const TAGS_PER_REQUEST_MAX: usize = 32;
 /// Endpoints a node may report about itself.
 pub(crate) const ENDPOINTS_PER_NODE_MAX: usize = 16;
+/// Peers whose address a node may report in one message, and addresses kept of one node that peers reported.
+pub(crate) const SIGHTINGS_PER_MESSAGE_MAX: usize = 256;
+pub(crate) const SIGHTINGS_PER_NODE_MAX: usize = 2;
 /// Findings a node may report in one acknowledgement, and octets of each.
 pub(crate) const FINDINGS_PER_NODE_MAX: usize = 16;
 pub(crate) const FINDING_BYTES_MAX: usize = 256;
@@ -131,3 +134,20 @@ pub(crate) const RECEIPTS_WAIT_MAX: Duration = Duration::from_secs(300);
 pub(crate) const CRL_RESIGN_AFTER: Duration = Duration::from_secs(12 * 3600);
 /// Remaining life at which the root's CRL is signed anew. It lives a year.
 pub(crate) const ROOT_CRL_RESIGN_BEFORE: Duration = Duration::from_secs(180 * 24 * 3600);
+
+/// STUN answers to one source address (IPv6: one /64): at once, and per second after that.
+pub(crate) const STUN_BURST: u64 = 50;
+pub(crate) const STUN_PER_SECOND: u64 = 20;
+/// Source addresses remembered for that.
+pub(crate) const STUN_SOURCES_MAX: usize = 20_000;
+/// Datagrams that wait for a node which reads its relay stream too slowly; further ones are lost.
+pub(crate) const RELAY_QUEUE_MAX: usize = 256;
+/// Octets that may be relayed at once for one node, whatever the rate: a full TCP window.
+pub(crate) const RELAY_BURST_BYTES_MIN: u64 = 256 * 1024;
+/// Largest relay frame that goes by UDP, octets: an Ethernet frame without IPv4 and UDP headers. Larger ones
+/// take the stream: fragments get lost behind too many firewalls.
+pub(crate) const RELAY_UDP_PAYLOAD_MAX: usize = 1472;
+/// How long after a node's last frame frames to it go by UDP. It sends keepalives every 20 s.
+pub(crate) const RELAY_UDP_TTL: Duration = Duration::from_secs(65);
+/// Peers of one relay session whose permission is remembered until World changes.
+pub(crate) const RELAY_VISIBLE_MAX: usize = 4_096;

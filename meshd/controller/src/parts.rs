@@ -15,6 +15,7 @@ use crate::issuer::Issuing;
 use crate::ocsp::Ocsp;
 use crate::presence::Presence;
 use crate::publish::Publisher;
+use crate::relay::RelayHub;
 use crate::renew::Renewer;
 use crate::revoke::Revoker;
 use crate::sync::SyncHub;
@@ -39,6 +40,8 @@ pub(crate) struct Parts {
     pub(crate) certifier: Certifier,
     pub(crate) revoker: Revoker,
     pub(crate) sync: SyncHub,
+    /// None if it is switched off.
+    pub(crate) relay: Option<RelayHub>,
 
     /// What every new token says.
     pub(crate) token_facts: TokenFacts,

@@ -1,7 +1,7 @@
 //! Live facts about nodes: who is connected, what they have, where they are. Nothing of this is in
 //! the journal; a restart forgets it and the nodes tell it again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -11,7 +11,7 @@ use mesh_proto::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::limits::{ENDPOINT_TTL, TAKEOVER_WINDOW, TAKEOVERS_SUSPICIOUS};
+use crate::limits::{ENDPOINT_TTL, SIGHTINGS_PER_NODE_MAX, TAKEOVER_WINDOW, TAKEOVERS_SUSPICIOUS};
 
 /// What the controller knows about a node at this moment.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +26,8 @@ pub(crate) struct NodePresence {
     pub(crate) findings: Vec<String>,
     pub(crate) clock_offset_secs: i64,
     pub(crate) endpoints: Vec<pb::Endpoint>,
+    /// Where peers see it, the newest first.
+    sightings: VecDeque<pb::Endpoint>,
     /// Rises whenever `endpoints` changes; drawn from one counter of all nodes.
     pub(crate) endpoints_version: u64,
     endpoints_at: Option<Instant>,
@@ -166,7 +168,7 @@ impl Presence {
             .range(since.saturating_add(1)..)
             .filter_map(|(version, id)| Some((*id, *version, inner.nodes.get(id)?)))
             .filter(|(.., node)| live(node))
-            .map(|(id, version, node)| (id, version, node.endpoints.clone()))
+            .map(|(id, version, node)| (id, version, node.all_endpoints()))
             .collect()
     }
 
@@ -181,10 +183,25 @@ impl Presence {
                 return;
             }
             entry.endpoints = endpoints;
-            let before = std::mem::replace(&mut entry.endpoints_version, next);
-            inner.next_version = next;
-            inner.by_version.remove(&before);
-            inner.by_version.insert(next, node);
+            inner.endpoints_changed(node, next);
+            next
+        };
+        self.hints.send_replace(version);
+    }
+
+    /// Notes where a peer sees a node that is connected. What the node says of itself stands before it.
+    pub(crate) fn report_sighting(&self, node: NodeId, endpoint: pb::Endpoint) {
+        let version = {
+            let mut inner = self.lock();
+            let next = inner.next_version + 1;
+            let Some(entry) = inner.nodes.get_mut(&node).filter(|entry| entry.connected) else { return };
+            let told = entry.endpoints.iter().chain(&entry.sightings);
+            if told.into_iter().any(|known| known.address == endpoint.address) {
+                return;
+            }
+            entry.sightings.push_front(endpoint);
+            entry.sightings.truncate(SIGHTINGS_PER_NODE_MAX);
+            inner.endpoints_changed(node, next);
             next
         };
         self.hints.send_replace(version);
@@ -203,7 +220,24 @@ impl Presence {
     }
 }
 
+impl Inner {
+    fn endpoints_changed(&mut self, node: NodeId, version: u64) {
+        let Some(entry) = self.nodes.get_mut(&node) else { return };
+        let before = std::mem::replace(&mut entry.endpoints_version, version);
+        self.next_version = version;
+        self.by_version.remove(&before);
+        self.by_version.insert(version, node);
+    }
+}
+
 impl NodePresence {
+    /// What it reports and what others report of it.
+    fn all_endpoints(&self) -> Vec<pb::Endpoint> {
+        let own = |address: &str| self.endpoints.iter().any(|endpoint| endpoint.address == address);
+        let seen = self.sightings.iter().filter(|seen| !own(&seen.address));
+        self.endpoints.iter().chain(seen).cloned().collect()
+    }
+
     fn note_crls(&mut self, crls: &[pb::CrlHave]) {
         for crl in crls {
             let number = self.crls.entry((crl.issuer_key_id.to_vec(), crl.shard)).or_default();
@@ -376,6 +410,23 @@ mod tests {
         let changed = presence.endpoints_since(newest, now);
         assert_eq!(changed.len(), 1);
         assert_eq!(changed[0].0, NodeId(1));
+    }
+
+    #[test]
+    fn what_peers_see_stands_behind_what_a_node_says_and_is_bounded() {
+        let presence = Presence::new();
+        let (now, at) = times();
+        let _session = presence.connect(NodeId(1), greeting(), (now, at));
+        let endpoint = |text: &str, source| pb::Endpoint { address: text.into(), source };
+        presence.report_endpoints(NodeId(1), vec![endpoint("192.0.2.1:1", 1)], now);
+        for seen in ["192.0.2.1:1", "192.0.2.2:2", "192.0.2.3:3", "192.0.2.3:3", "192.0.2.4:4"] {
+            presence.report_sighting(NodeId(1), endpoint(seen, 4));
+            presence.report_sighting(NodeId(9), endpoint(seen, 4));
+        }
+        let told = presence.endpoints_since(0, now);
+        let addresses: Vec<_> = told[0].2.iter().map(|endpoint| endpoint.address.as_str()).collect();
+        assert_eq!(addresses, ["192.0.2.1:1", "192.0.2.4:4", "192.0.2.3:3"]);
+        assert_eq!((told.len(), told[0].1), (1, 4), "a node that is not there has no entry");
     }
 
     #[test]

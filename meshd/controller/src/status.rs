@@ -107,6 +107,14 @@ impl Problem {
         )
     }
 
+    pub(crate) fn relay_off() -> Self {
+        Self::new(
+            ErrorCode::Denied,
+            "this controller runs no relay",
+            "switch it on in the controller's configuration (`relay = true`)",
+        )
+    }
+
     /// A request came too late: the controller ends.
     pub(crate) fn stopping() -> Self {
         Self::new(ErrorCode::ControllerUnreachable, "the controller is stopping", "try again when it is back")

@@ -18,7 +18,8 @@ use crate::archive::Archive;
 use crate::gate::Connection;
 use crate::limits::{
     COALESCE_WINDOW, CRLS_PER_MESSAGE_MAX, ENDPOINTS_PER_NODE_MAX, FINDING_BYTES_MAX, FINDINGS_PER_NODE_MAX,
-    HELLO_TIMEOUT, STREAM_QUEUE_MAX, STREAM_REQUESTS_PER_SECOND_MAX, VERSION_BYTES_MAX,
+    HELLO_TIMEOUT, SIGHTINGS_PER_MESSAGE_MAX, STREAM_QUEUE_MAX, STREAM_REQUESTS_PER_SECOND_MAX,
+    VERSION_BYTES_MAX,
 };
 use crate::presence::{Greeting, Presence, Session, seen_endpoint};
 use crate::status::{Problem, cut};
@@ -34,6 +35,8 @@ pub(crate) struct SyncHub {
     pub(crate) presence: Arc<Presence>,
     pub(crate) archive: Archive,
     pub(crate) clock: SharedClock,
+    /// What nodes are told of STUN and relay.
+    pub(crate) offered: pb::hints::Underlay,
 }
 
 type Responses = mpsc::Sender<Result<pb::SyncResponse, Status>>;
@@ -58,6 +61,7 @@ struct Told {
     hints: u64,
     seen_from: Option<pb::Endpoint>,
     seen_from_told: bool,
+    offered_told: bool,
 }
 
 /// Whose history a node's cursor belongs to.
@@ -193,12 +197,31 @@ impl Stream {
             .into_iter()
             .filter(|endpoint| mesh.as_ref().is_some_and(|mesh| is_usable(endpoint, mesh)))
             .collect();
+        // A node that knows by STUN needs no guess.
+        let knows = |endpoint: &pb::Endpoint| endpoint.source() == pb::endpoint::Source::ControllerSaw;
         if let Some(seen) = seen
-            && !endpoints.iter().any(|endpoint| endpoint.address == seen.address)
+            && !endpoints.iter().any(|endpoint| endpoint.address == seen.address || knows(endpoint))
         {
             endpoints.push(seen);
         }
         Ok(endpoints)
+    }
+
+    /// Takes up where this node sees its peers, for those it may see; of others it can know nothing.
+    fn note_sightings(&self, seen: Vec<pb::sync_request::Seen>) -> Result<(), Problem> {
+        if seen.len() > SIGHTINGS_PER_MESSAGE_MAX {
+            return Err(Problem::too_large("list of sightings", SIGHTINGS_PER_MESSAGE_MAX));
+        }
+        let visible = self.hub.views.visible(self.node, seen.iter().map(|seen| NodeId(seen.node_id)));
+        let mesh = self.hub.views.directory.read(|world| world.mesh().cloned());
+        for seen in seen.into_iter().filter(|seen| visible.contains(&NodeId(seen.node_id))) {
+            let source = pb::endpoint::Source::PeerSaw as i32;
+            let endpoint = pb::Endpoint { address: seen.address, source };
+            if mesh.as_ref().is_some_and(|mesh| is_usable(&endpoint, mesh)) {
+                self.hub.presence.report_sighting(NodeId(seen.node_id), endpoint);
+            }
+        }
+        Ok(())
     }
 
     async fn exchange(&mut self, session: &Session<'_>, told: &mut Told) -> Result<(), Status> {
@@ -286,10 +309,11 @@ impl Stream {
             false => told.seen_from.clone().into_iter().collect(),
         };
         told.seen_from_told = true;
-        if peers.is_empty() && seen_from.is_empty() {
+        let underlay = (!std::mem::replace(&mut told.offered_told, true)).then_some(self.hub.offered);
+        if peers.is_empty() && seen_from.is_empty() && underlay.is_none() {
             return None;
         }
-        Some(pb::sync_response::Response::Hints(pb::Hints { peers, seen_from }))
+        Some(pb::sync_response::Response::Hints(pb::Hints { peers, seen_from, underlay }))
     }
 
     fn handle(&self, request: pb::SyncRequest, session: &Session<'_>, told: &Told) -> Result<(), Problem> {
@@ -309,6 +333,7 @@ impl Stream {
                 session.acknowledge(&ack, findings, at);
             }
             Some(Request::Endpoints(endpoints)) => {
+                self.note_sightings(endpoints.seen)?;
                 let endpoints = self.endpoints(endpoints.endpoints, told.seen_from.clone())?;
                 session.seen(at);
                 self.hub.presence.report_endpoints(self.node, endpoints, self.hub.clock.now());
@@ -401,7 +426,8 @@ pub(crate) fn check_crls(crls: &[pb::CrlHave]) -> Result<(), Problem> {
 fn is_usable(endpoint: &pb::Endpoint, mesh: &Mesh) -> bool {
     endpoint.address.parse::<SocketAddr>().is_ok_and(|address| {
         let ip = address.ip();
-        address.port() != 0 && !ip.is_unspecified() && !ip.is_multicast() && !mesh.contains(ip)
+        let relayed = mesh_core::endpoints::relayed_peer(address).is_some();
+        address.port() != 0 && !ip.is_unspecified() && !ip.is_multicast() && !mesh.contains(ip) && !relayed
     })
 }
 

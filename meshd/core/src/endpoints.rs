@@ -4,17 +4,36 @@
 //! live is over is tried after the fresh ones, and goes only when the list is full.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use crate::ids::NodeId;
 use crate::limits::CANDIDATES_PER_PEER_MAX;
 
 /// How long a candidate counts as fresh after it was last offered.
 pub const CANDIDATE_TTL: Duration = Duration::from_secs(600);
 /// Addresses that answered are remembered: the one in use and the one before.
 const PROVEN_MAX: usize = 2;
+/// Where relayed peers are, as the tunnel sees it: the prefix that routers discard, so that no real endpoint
+/// is in it. RFC 6666 §4. The host part is the node's index.
+const RELAY_NETWORK: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64);
+const RELAY_PORT: u16 = 1;
+
+/// The endpoint that stands for "by the relay, to this peer".
+pub fn relay_endpoint(peer: NodeId) -> SocketAddr {
+    let host = u128::from(RELAY_NETWORK.network()) | u128::from(peer.0);
+    SocketAddr::new(Ipv6Addr::from(host).into(), RELAY_PORT)
+}
+
+/// The peer behind an endpoint that [`relay_endpoint`] made; `None` for every other.
+pub fn relayed_peer(endpoint: SocketAddr) -> Option<NodeId> {
+    let IpAddr::V6(ip) = endpoint.ip() else { return None };
+    let host = u128::from(ip) & u128::from(u64::MAX);
+    let peer = u32::try_from(host).ok().filter(|peer| *peer != 0)?;
+    (RELAY_NETWORK.contains(&ip) && endpoint.port() == RELAY_PORT).then_some(NodeId(peer))
+}
 
 /// Who said that a peer may be reached somewhere; the first is tried first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,7 +59,8 @@ impl Overlay {
     /// Whether a packet to `address` can be meant for the underlay: one host, a port, outside the overlay.
     pub fn may_carry(&self, address: SocketAddr) -> bool {
         let ip = address.ip().to_canonical();
-        let inside = [IpNet::V4(self.ipv4), IpNet::V6(self.ipv6)].iter().any(|net| net.contains(&ip));
+        let not_outside = [IpNet::V4(self.ipv4), IpNet::V6(self.ipv6), IpNet::V6(RELAY_NETWORK)];
+        let inside = not_outside.iter().any(|net| net.contains(&ip));
         let broadcast = ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST);
         address.port() != 0 && !inside && !ip.is_unspecified() && !ip.is_multicast() && !broadcast
     }
@@ -99,9 +119,19 @@ impl Endpoints {
         true
     }
 
+    /// Whether the endpoint in use is the relay.
+    pub fn is_relayed(&self) -> bool {
+        self.current.is_some_and(|current| relayed_peer(current).is_some())
+    }
+
     /// The peer authenticated itself from `from`: that is its endpoint now. `false` for addresses that
     /// cannot be one.
     pub fn handle_authenticated(&mut self, from: SocketAddr) -> bool {
+        if relayed_peer(from).is_some() {
+            // No candidate: the way back to a direct path is through those.
+            self.current = Some(from);
+            return true;
+        }
         if !self.overlay.may_carry(from) {
             return false;
         }
@@ -120,11 +150,11 @@ impl Endpoints {
             Some(at) => order.get((at + 1) % order.len()),
             None => order.first(),
         };
-        self.current = next.copied();
+        self.current = next.copied().or(self.current);
         self.current
     }
 
-    /// Every known address once, best first.
+    /// Every known address once, best first, the relay left out.
     pub fn order(&self, now: Instant) -> Vec<SocketAddr> {
         let mut order: Vec<SocketAddr> = self.proven.iter().copied().collect();
         let unproven = self.candidates.iter().filter(|(address, _)| !self.proven.contains(address));
@@ -179,12 +209,29 @@ mod tests {
             "[ff02::1]:1",
             "[fd00:1:2::5]:51820",
             "[::ffff:100.64.0.9]:51820",
+            "[100::1]:51820",
         ];
         for address in bad {
             assert!(!endpoints.offer(at(address), Source::Configured, Instant::now()), "{address}");
             assert!(!endpoints.handle_authenticated(at(address)), "{address}");
         }
         assert_eq!(endpoints.current(), None);
+    }
+
+    #[test]
+    fn a_relayed_peer_has_an_endpoint_that_nobody_can_name() {
+        let relayed = relay_endpoint(NodeId(7));
+        assert_eq!(relayed, at("[100::7]:1"));
+        assert_eq!(relayed_peer(relayed), Some(NodeId(7)));
+        for other in ["[100::]:1", "[100::7]:2", "[100::1:0:0]:1", "[101::7]:1", "192.0.2.7:1"] {
+            assert_eq!(relayed_peer(at(other)), None, "{other}");
+        }
+        let (mut endpoints, now) = (Endpoints::new(overlay()), Instant::now());
+        assert!(!endpoints.offer(relayed, Source::Configured, now));
+        assert!(endpoints.handle_authenticated(relayed) && endpoints.is_relayed());
+        assert!(endpoints.order(now).is_empty(), "it is no candidate");
+        endpoints.offer(at("192.0.2.1:1"), Source::Configured, now);
+        assert_eq!(endpoints.current(), Some(relayed), "an offer moves nothing");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! What a node is told when it starts.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 pub use mesh_tunnel::Backend;
@@ -26,8 +25,9 @@ pub struct RunConfig {
     pub name: Option<String>,
     /// Folder of declared pairs, `*.toml`; only root's files are read. May be missing.
     pub certs_dir: PathBuf,
-    /// Underlay addresses an administrator vouches for, tried before all others by peers.
-    pub endpoints: Vec<SocketAddr>,
+    /// Underlay addresses an administrator vouches for, `HOST:PORT` each, tried before all others by peers. Names
+    /// are looked up every 60 s, and when a peer falls silent.
+    pub endpoints: Vec<String>,
 }
 
 impl Default for RunConfig {

@@ -40,6 +40,14 @@ pub(crate) const STATE_FILE_BYTES_MAX: u64 = 128 * 1024 * 1024;
 pub(crate) const FINDINGS_MAX: usize = 256;
 /// Calls waiting for the network actor.
 pub(crate) const COMMAND_QUEUE: usize = 64;
+/// Datagrams and events waiting for the underlay task.
+pub(crate) const UNDERLAY_QUEUE: usize = 1024;
+/// Datagrams waiting for the relay's stream.
+pub(crate) const RELAY_QUEUE: usize = 256;
+/// Addresses taken from the names in the configuration.
+pub(crate) const NAMES_RESOLVED_MAX: usize = 8;
+/// Peers whose address is reported in one message.
+pub(crate) const SIGHTINGS_MAX: usize = 256;
 /// Echo requests of one `ping`.
 pub(crate) const PING_COUNT_MAX: u32 = 1000;
 /// Connections on the local socket.

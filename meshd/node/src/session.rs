@@ -10,7 +10,7 @@ use crate::failure::Failure;
 use crate::firewall::TABLE_NAME;
 use crate::hostop::{Changes, Host};
 use crate::identity::Identities;
-use crate::network::{NetworkHandle, Setup, Worker};
+use crate::network::{NetworkHandle, Setup, Underlay, Worker};
 use crate::run::Node;
 use crate::uplink::{Uplink, UplinkHandle};
 
@@ -47,7 +47,6 @@ impl Running {
             mtu: config.mtu,
             wg_port: config.wg_port,
             backend: config.backend,
-            endpoints: config.endpoints.clone(),
             active: identities.active(),
         };
         let (network, worker) = Worker::start(setup).await?;
@@ -59,7 +58,7 @@ impl Running {
             identities.clone(),
             network.clone(),
             pairs.clone(),
-            (host.clone(), changes.network),
+            (host.clone(), changes.network.clone()),
         );
         let manager = Manager {
             state: node.state.clone(),
@@ -72,7 +71,14 @@ impl Running {
             certs_dir: config.certs_dir.clone(),
             inbox: pairs_inbox,
         };
+        let underlay = Underlay::new(
+            worker.tunnel(),
+            network.clone(),
+            uplink.clone(),
+            (changes.network.clone(), config.endpoints.clone()),
+        );
         let mut others = JoinSet::new();
+        others.spawn(underlay.run());
         let network_task = tokio::spawn(worker.run());
         others.spawn(uplink_task.run());
         others.spawn(identities.clone().keep_renewed(

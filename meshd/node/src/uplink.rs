@@ -1,6 +1,6 @@
 //! The way to the controller: one connection, one Sync stream on it, and calls of other tasks beside it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ pub(crate) struct UplinkStatus {
     pub(crate) controller: String,
     pub(crate) connected: bool,
     pub(crate) rtt: Duration,
+    /// The controller's address, while connected.
+    pub(crate) remote: Option<SocketAddr>,
     /// Why the last attempt failed; empty while connected.
     pub(crate) problem: String,
     /// Set while the controller refuses this node's identity: that is no outage, and is not told as one.
@@ -174,6 +176,7 @@ impl Uplink {
                 Ok(never) => match never {},
                 Err(end) => end,
             };
+            self.note(|status| status.remote = None);
             self.channel.send_replace(None);
             if served {
                 backoff.reset();
@@ -240,6 +243,10 @@ impl Uplink {
         let mut identity = self.identities.subscribe();
         let mut endpoints = self.network.endpoints.clone();
         endpoints.mark_unchanged();
+        let mut seen = self.network.seen.clone();
+        if !seen.borrow().is_empty() {
+            seen.mark_changed();
+        }
         loop {
             tokio::select! {
                 message = incoming.message() => {
@@ -252,6 +259,7 @@ impl Uplink {
                         self.note(|status| {
                             status.connected = true;
                             status.rtt = connected.rtt;
+                            status.remote = Some(connected.at);
                             status.problem.clear();
                             status.refusal = None;
                         });
@@ -281,9 +289,14 @@ impl Uplink {
                     if changed.is_err() {
                         return Err(closed("the network has stopped").into());
                     }
-                    let list = endpoints.borrow_and_update().clone();
-                    let told = pb::sync_request::Endpoints { endpoints: list };
-                    send(&outgoing, pb::sync_request::Request::Endpoints(told)).await?;
+                    endpoints.mark_unchanged();
+                    self.tell_endpoints(&outgoing).await?;
+                }
+                changed = seen.changed() => {
+                    if changed.is_err() {
+                        return Err(closed("the network has stopped").into());
+                    }
+                    self.tell_endpoints(&outgoing).await?;
                 }
             }
         }
@@ -324,6 +337,13 @@ impl Uplink {
             }
         }
         self.acknowledge(outgoing).await
+    }
+
+    /// Says where this node is, and where it sees others.
+    async fn tell_endpoints(&self, outgoing: &mpsc::Sender<pb::SyncRequest>) -> Result<(), End> {
+        let (endpoints, seen) = (self.network.endpoints.borrow().clone(), self.network.seen.borrow().clone());
+        let told = pb::sync_request::Endpoints { endpoints, seen };
+        send(outgoing, pb::sync_request::Request::Endpoints(told)).await
     }
 
     /// Says what is in effect and on disk, and nothing else.

@@ -9,6 +9,7 @@ pub(crate) mod messages;
 pub(crate) mod nodes;
 pub(crate) mod operators;
 pub(crate) mod policy;
+pub(crate) mod relay;
 pub(crate) mod renewal;
 pub(crate) mod sync;
 pub(crate) mod tokens;

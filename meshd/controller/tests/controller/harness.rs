@@ -8,7 +8,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use hyper_util::rt::TokioIo;
 use mesh_ca::{ControllerVerifier, Csr, LeafKey, PinnedControllerVerifier, TrustAnchors, TrustDomain};
-use mesh_controller::{Controller, Environment, InitConfig, Publishing, RunConfig, StartupError, Unlock};
+use mesh_controller::{
+    Controller, Environment, InitConfig, Publishing, RelayLimit, RunConfig, StartupError, StunListen, Unlock,
+};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken, SystemClock};
 use mesh_store::Journal;
@@ -77,6 +79,8 @@ impl Mesh {
             passphrase: None,
             publish_listen: vec![],
             publishing: Publishing::default(),
+            stun_listen: StunListen::LikeTls,
+            relay: Some(RelayLimit::default()),
             announce: false,
         }
     }
@@ -93,6 +97,13 @@ impl Mesh {
 
     pub(crate) async fn start_with(&self, journal: Option<Box<dyn Journal>>) -> Running {
         self.start_config(self.run_config(), journal).await
+    }
+
+    /// Starts with a changed configuration.
+    pub(crate) async fn start_as(&self, change: impl FnOnce(&mut RunConfig)) -> Running {
+        let mut config = self.run_config();
+        change(&mut config);
+        self.start_config(config, None).await
     }
 
     pub(crate) async fn start_config(&self, config: RunConfig, journal: Option<Box<dyn Journal>>) -> Running {

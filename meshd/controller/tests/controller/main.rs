@@ -8,6 +8,7 @@ mod ocsp;
 mod operators;
 mod posing;
 mod publishing;
+mod relay;
 mod revocation;
 mod startup;
 mod sync;

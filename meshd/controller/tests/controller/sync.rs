@@ -170,7 +170,7 @@ async fn peers_hear_where_a_node_is_and_what_the_controller_saw() {
     let addresses: Vec<_> = heard.endpoints.iter().map(|e| e.address.as_str()).collect();
     assert_eq!(addresses, ["192.0.2.7:4242", "127.0.0.1:4242"], "mesh addresses and nonsense are dropped");
 
-    let moved = pb::sync_request::Endpoints { endpoints: vec![endpoint("192.0.2.8:4242")] };
+    let moved = pb::sync_request::Endpoints { endpoints: vec![endpoint("192.0.2.8:4242")], seen: vec![] };
     bravo_stream.send(pb::sync_request::Request::Endpoints(moved)).await;
     let heard = peer(stream.hints().await).unwrap();
     assert_eq!(heard.endpoints[0].address, "192.0.2.8:4242");

@@ -85,7 +85,7 @@ async fn a_chatty_node_waits_its_turn() {
         for _ in 0..10 {
             for port in 1..=u16::MAX {
                 let endpoint = pb::Endpoint { address: format!("192.0.2.1:{port}"), source: 1 };
-                let endpoints = pb::sync_request::Endpoints { endpoints: vec![endpoint] };
+                let endpoints = pb::sync_request::Endpoints { endpoints: vec![endpoint], seen: vec![] };
                 chatty.send(pb::sync_request::Request::Endpoints(endpoints)).await;
             }
         }

@@ -11,7 +11,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::status::micros;
+use super::status::{micros, path};
 use crate::failure::Failure;
 use crate::limits::PING_COUNT_MAX;
 use crate::network::PeerView;
@@ -89,7 +89,7 @@ async fn find(session: &Session, node: &str) -> Result<PeerView, Failure> {
 async fn below(session: &Session, node: &str) -> Vec<pb::PingReply> {
     let Ok(peer) = find(session, node).await else { return Vec::new() };
     let underlay = match (peer.endpoint, peer.candidates.as_slice()) {
-        (Some(endpoint), _) if peer.has_session => (true, format!("direct {endpoint}")),
+        (Some(_), _) if peer.has_session => (true, path(&peer, &session.uplink.status().controller)),
         (_, []) => (false, "no endpoint of this node is known".to_owned()),
         (_, candidates) => {
             let tried: Vec<String> = candidates.iter().map(ToString::to_string).collect();

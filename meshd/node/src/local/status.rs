@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use mesh_core::endpoints::relayed_peer;
 use mesh_proto::v1 as pb;
 
 use crate::failure::Failure;
@@ -25,7 +26,7 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
         ipv4: identity.ipv4.to_string(),
         ipv6: identity.ipv6.to_string(),
         trust_domain: identity.trust_domain.clone(),
-        controller: uplink.controller,
+        controller: uplink.controller.clone(),
         controller_connected: uplink.connected,
         controller_rtt_us: micros(uplink.rtt),
         backend: network.backend,
@@ -35,7 +36,7 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
         wireguard_port: u32::from(network.wireguard_port),
         not_after: active.not_after.unix_timestamp(),
         renews_at: active.renews_at.unix_timestamp(),
-        peers: network.peers.iter().map(|peer| peer_status(peer, now)).collect(),
+        peers: network.peers.iter().map(|peer| peer_status(peer, &uplink.controller, now)).collect(),
         findings: node.findings.list(),
         pairs: session.pairs.list().await?,
         crl_number: network.crl_number,
@@ -47,11 +48,17 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
     })
 }
 
-fn peer_status(peer: &PeerView, now: i64) -> pb::PeerStatus {
-    let path = match peer.endpoint.filter(|_| peer.has_session) {
+/// How a peer is reached: `direct ADDR`, `relay CONTROLLER` or `none`.
+pub(super) fn path(peer: &PeerView, controller: &str) -> String {
+    match peer.endpoint.filter(|_| peer.has_session) {
+        Some(endpoint) if relayed_peer(endpoint).is_some() => format!("relay {controller}"),
         Some(endpoint) => format!("direct {endpoint}"),
         None => "none".to_owned(),
-    };
+    }
+}
+
+fn peer_status(peer: &PeerView, controller: &str, now: i64) -> pb::PeerStatus {
+    let path = path(peer, controller);
     let ago = |past: Duration| now.saturating_sub(i64::try_from(past.as_secs()).unwrap_or(i64::MAX));
     pb::PeerStatus {
         name: peer.name.clone(),

@@ -6,14 +6,15 @@ use mesh_core::endpoints::{Overlay, Source};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::endpoint::Source as Told;
 
+use super::UnderlayNews;
 use crate::hostop::InterfaceAddress;
 use crate::limits::{ENDPOINTS_PER_PEER_MAX, OWN_ENDPOINTS_MAX};
 
-/// Our own endpoints: what an administrator named, then the addresses of our interfaces. Loopback
-/// counts only if there is nothing else, so that several nodes on one machine find each other.
+/// Our own endpoints: what an administrator named, then where the controller sees the tunnel's port, then the
+/// addresses of our interfaces. Loopback counts only if there is nothing else, so that several nodes on one machine find each other.
 pub(super) fn own_endpoints(
     overlay: Overlay,
-    configured: &[SocketAddr],
+    underlay: &UnderlayNews,
     addresses: &[InterfaceAddress],
     overlay_interface: &str,
     port: u16,
@@ -29,11 +30,14 @@ pub(super) fn own_endpoints(
     };
     let (loopback, outside): (Vec<_>, Vec<_>) =
         addresses.iter().filter(reachable).partition(|found| found.loopback || found.address.is_loopback());
-    let chosen = if outside.is_empty() && configured.is_empty() { loopback } else { outside };
-    let configured = configured.iter().map(|endpoint| (Told::Configured, *endpoint));
+    let chosen = if outside.is_empty() && underlay.configured.is_empty() { loopback } else { outside };
+    let configured = underlay.configured.iter().map(|endpoint| (Told::Configured, *endpoint));
     let interfaces = chosen.iter().map(|found| (Told::Interface, SocketAddr::new(found.address, port)));
     let mut endpoints: Vec<pb::Endpoint> = Vec::new();
-    for (source, endpoint) in configured.chain(interfaces) {
+    let mapped = underlay.mapped.filter(|mapped| overlay.may_carry(*mapped));
+    let mapped = mapped.filter(|mapped| !chosen.iter().any(|found| found.address == mapped.ip()));
+    let mapped = mapped.map(|endpoint| (Told::ControllerSaw, endpoint));
+    for (source, endpoint) in configured.chain(mapped).chain(interfaces) {
         let address = endpoint.to_string();
         if endpoints.len() < OWN_ENDPOINTS_MAX && !endpoints.iter().any(|known| known.address == address) {
             endpoints.push(pb::Endpoint { address, source: source as i32 });
@@ -88,10 +92,19 @@ mod tests {
             address("eth1", "100.64.0.9"),
             address("eth1", "169.254.3.3"),
         ];
-        let configured = ["198.51.100.1:4000".parse().unwrap()];
-        let endpoints = own_endpoints(overlay(), &configured, &addresses, "mesh0", PORT);
-        assert_eq!(told(&endpoints), ["198.51.100.1:4000", "192.0.2.7:51820", "[2001:db8::7]:51820"]);
-        let alone = own_endpoints(overlay(), &[], &addresses[..1], "mesh0", PORT);
+        let mut underlay = UnderlayNews {
+            configured: vec!["198.51.100.1:4000".parse().unwrap()],
+            mapped: Some("203.0.113.5:40000".parse().unwrap()),
+            ..UnderlayNews::default()
+        };
+        let own = |underlay: &UnderlayNews| own_endpoints(overlay(), underlay, &addresses, "mesh0", PORT);
+        let named = ["198.51.100.1:4000", "203.0.113.5:40000", "192.0.2.7:51820", "[2001:db8::7]:51820"];
+        assert_eq!(told(&own(&underlay)), named);
+        assert_eq!(own(&underlay)[1].source(), Told::ControllerSaw);
+        // No router between the controller and us: nothing new.
+        underlay.mapped = Some("192.0.2.7:51820".parse().unwrap());
+        assert_eq!(own(&underlay).len(), 3);
+        let alone = own_endpoints(overlay(), &UnderlayNews::default(), &addresses[..1], "mesh0", PORT);
         assert_eq!(told(&alone), ["127.0.0.1:51820"]);
     }
 

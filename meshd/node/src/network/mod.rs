@@ -6,6 +6,7 @@ mod lease;
 mod overlay;
 mod status;
 mod stored;
+mod underlay;
 mod worker;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::limits::COMMAND_QUEUE;
 use crate::roster::RosterError;
 
 pub(crate) use status::{Inspection, NetworkStatus, PeerView};
+pub(crate) use underlay::{Underlay, UnderlayNews};
 pub(crate) use worker::{Setup, Worker};
 
 /// What the other tasks ask of the network.
@@ -33,6 +35,7 @@ pub(crate) enum Command {
         reply: oneshot::Sender<()>,
     },
     Hints(pb::Hints),
+    Underlay(UnderlayNews),
     Rekey(Arc<Active>),
     Knowledge(oneshot::Sender<Knowledge>),
     Status(oneshot::Sender<NetworkStatus>),
@@ -87,6 +90,12 @@ pub(crate) struct NetworkHandle {
     pub(crate) crls: watch::Receiver<Arc<Vec<pb::Crl>>>,
     /// Where this node can be reached.
     pub(crate) endpoints: watch::Receiver<Vec<pb::Endpoint>>,
+    /// Where this node sees peers that nobody has told it of.
+    pub(crate) seen: watch::Receiver<Vec<pb::sync_request::Seen>>,
+    /// What the controller offers besides its gRPC port.
+    pub(crate) offer: watch::Receiver<pb::hints::Underlay>,
+    /// Changes whenever a peer falls silent.
+    pub(crate) silence: watch::Receiver<u64>,
     pub(crate) receipt: watch::Receiver<Receipt>,
     /// The WireGuard key in sole use: the one of the tunnel when no change of keys is under way.
     pub(crate) settled_key: watch::Receiver<Option<[u8; 32]>>,
@@ -98,6 +107,9 @@ pub(crate) struct Outlets {
     pub(crate) own: watch::Sender<pb::Own>,
     pub(crate) crls: watch::Sender<Arc<Vec<pb::Crl>>>,
     pub(crate) endpoints: watch::Sender<Vec<pb::Endpoint>>,
+    pub(crate) seen: watch::Sender<Vec<pb::sync_request::Seen>>,
+    pub(crate) offer: watch::Sender<pb::hints::Underlay>,
+    pub(crate) silence: watch::Sender<u64>,
     pub(crate) receipt: watch::Sender<Receipt>,
     pub(crate) settled_key: watch::Sender<Option<[u8; 32]>>,
 }
@@ -109,6 +121,9 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         own: watch::Sender::new(pb::Own::default()),
         crls: watch::Sender::new(Arc::default()),
         endpoints: watch::Sender::new(Vec::new()),
+        seen: watch::Sender::new(Vec::new()),
+        offer: watch::Sender::new(pb::hints::Underlay::default()),
+        silence: watch::Sender::new(0),
         receipt: watch::Sender::new(Receipt::default()),
         settled_key: watch::Sender::new(None),
     };
@@ -118,6 +133,9 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         own: outlets.own.subscribe(),
         crls: outlets.crls.subscribe(),
         endpoints: outlets.endpoints.subscribe(),
+        seen: outlets.seen.subscribe(),
+        offer: outlets.offer.subscribe(),
+        silence: outlets.silence.subscribe(),
         receipt: outlets.receipt.subscribe(),
         settled_key: outlets.settled_key.subscribe(),
     };
@@ -153,6 +171,10 @@ impl NetworkHandle {
 
     pub(crate) async fn hints(&self, hints: pb::Hints) -> Result<(), Gone> {
         self.commands.send(Command::Hints(hints)).await.map_err(|_| Gone)
+    }
+
+    pub(crate) async fn underlay(&self, news: UnderlayNews) -> Result<(), Gone> {
+        self.commands.send(Command::Underlay(news)).await.map_err(|_| Gone)
     }
 
     pub(crate) async fn rekey(&self, active: Arc<Active>) -> Result<(), Gone> {

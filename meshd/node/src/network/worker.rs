@@ -15,10 +15,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_core::endpoints::Overlay;
-use mesh_core::peer_table::PeerTable;
+use mesh_core::peer_table::{PeerTable, Probing};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Backend, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{Backend, BackendKind, Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
@@ -28,7 +28,7 @@ use rotation::{OwnChange, PeerKeys};
 use super::lease::Leases;
 use super::overlay;
 use super::stored::{stored_endpoints, stored_roster};
-use super::{Belief, Command, NetworkHandle, Outlets, wire};
+use super::{Belief, Command, NetworkHandle, Outlets, UnderlayNews, wire};
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
 use crate::findings::Findings;
@@ -58,7 +58,6 @@ pub(crate) struct Setup {
     pub(crate) mtu: u16,
     pub(crate) wg_port: u16,
     pub(crate) backend: Backend,
-    pub(crate) endpoints: Vec<SocketAddr>,
     pub(crate) active: Arc<Active>,
 }
 
@@ -67,7 +66,10 @@ pub(crate) struct Worker {
     state: StateDir,
     clock: ControllerClock,
     findings: Findings,
-    configured: Vec<SocketAddr>,
+    /// What the underlay task found out last.
+    underlay: UnderlayNews,
+    /// Peers seen where nobody said they are, for the controller.
+    seen: BTreeMap<u32, SocketAddr>,
     trust: Trust,
     roster: Roster,
     place: Place,
@@ -115,19 +117,7 @@ impl Worker {
     /// # Errors
     /// [`Failure`] if the overlay cannot be brought up at all. Without a firewall it stands, but has no peers.
     pub(crate) async fn start(setup: Setup) -> Result<(NetworkHandle, Self), Failure> {
-        let Setup {
-            host,
-            changes,
-            state,
-            clock,
-            findings,
-            interface,
-            mtu,
-            wg_port,
-            backend,
-            endpoints: configured,
-            active,
-        } = setup;
+        let Setup { host, changes, state, clock, findings, interface, mtu, wg_port, backend, active } = setup;
         let identity = &active.identity;
         let mut trust = Trust::of(identity).map_err(|error| {
             Failure::new(
@@ -158,12 +148,17 @@ impl Worker {
         outlets.own.send_replace(roster.own().clone());
         outlets.crls.send_replace(Arc::new(trust.crl_messages()));
         let told = stored_endpoints(&state);
+        let probing = match tunnel.backend().kind {
+            BackendKind::Userspace => Probing::Beside,
+            _ => Probing::InPlace,
+        };
         let (saved_cursor, saved_crls) = (roster.cursor().cloned(), trust.crl_haves());
         let mut worker = Self {
             state,
             clock,
             findings,
-            configured,
+            underlay: UnderlayNews::default(),
+            seen: BTreeMap::new(),
             trust,
             roster,
             place,
@@ -172,7 +167,7 @@ impl Worker {
             changes,
             ways: Ways::default(),
             tunnel,
-            table: PeerTable::new(overlay, mesh_runtime::random_bytes()),
+            table: PeerTable::new(overlay, probing, mesh_runtime::random_bytes()),
             leases: Leases::default(),
             current: BTreeMap::new(),
             ids: BTreeMap::new(),
@@ -197,6 +192,11 @@ impl Worker {
         worker.refresh_endpoints().await;
         worker.reconcile().await;
         Ok((handle, worker))
+    }
+
+    /// The tunnel, for the task that shares its port.
+    pub(crate) fn tunnel(&self) -> Arc<dyn Tunnel> {
+        self.tunnel.clone()
     }
 
     /// Serves until it is told to stop.
@@ -261,6 +261,7 @@ impl Worker {
                 let _ = reply.send(());
             }
             Command::Hints(hints) => self.take_hints(hints),
+            Command::Underlay(news) => self.take_underlay(news).await,
             Command::Rekey(active) => self.rekey(&active),
             Command::Knowledge(reply) => {
                 let _ = reply.send(self.knowledge());
@@ -292,6 +293,7 @@ impl Worker {
         self.restore_overlay().await;
         self.refresh_endpoints().await;
         self.look_at_ways(Look::Tick).await;
+        self.publish_seen();
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
         self.save_again();

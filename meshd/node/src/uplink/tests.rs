@@ -40,7 +40,6 @@ impl Fixture {
             interface: "mesh0".into(),
             mtu: 1280,
             wg_port: 0,
-            endpoints: Vec::new(),
             active: identities.active(),
         };
         let (network, worker) = Worker::start(setup).await.unwrap();

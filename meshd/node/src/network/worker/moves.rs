@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use mesh_core::NodeId;
+use mesh_core::endpoints::relayed_peer;
 
 use super::Worker;
 use crate::hostop::Way;
@@ -89,7 +90,10 @@ impl Worker {
         let mut by_address: BTreeMap<IpAddr, Option<Way>> = BTreeMap::new();
         let mut found = BTreeMap::new();
         for id in ids {
-            let Some(endpoint) = self.table.endpoint(NodeId(id)) else { continue };
+            let endpoint = self.table.endpoint(NodeId(id));
+            let Some(endpoint) = endpoint.filter(|endpoint| relayed_peer(*endpoint).is_none()) else {
+                continue;
+            };
             let address = endpoint.ip().to_canonical();
             let way = match by_address.get(&address) {
                 Some(way) => way.clone(),

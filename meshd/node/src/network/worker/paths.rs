@@ -4,17 +4,22 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
 use mesh_core::NodeId;
+use mesh_core::endpoints::relayed_peer;
 use mesh_core::peer_table::Action;
 use mesh_proto::v1 as pb;
 use mesh_tunnel::{PublicKey, TunnelEvent};
 
 use super::Worker;
-use crate::limits::PEERS_PER_MAP_MAX;
+use crate::limits::{PEERS_PER_MAP_MAX, SIGHTINGS_MAX};
+use crate::network::UnderlayNews;
 use crate::network::endpoints::{candidates, own_endpoints};
 
 impl Worker {
     pub(super) fn take_hints(&mut self, hints: pb::Hints) {
         let now = self.clock.own().now();
+        if let Some(offer) = hints.underlay {
+            self.outlets.offer.send_replace(offer);
+        }
         for peer in hints.peers {
             if peer.endpoints.is_empty() {
                 continue;
@@ -25,6 +30,46 @@ impl Worker {
             }
             self.told.insert(peer.node_id, peer.endpoints);
             self.told_changed = true;
+        }
+    }
+
+    /// Takes up what the underlay task found out.
+    pub(super) async fn take_underlay(&mut self, news: UnderlayNews) {
+        let now = self.clock.own().now();
+        let before = std::mem::replace(&mut self.underlay, news);
+        self.table.handle_relay(self.underlay.relay, now);
+        self.refresh_endpoints().await;
+        // The first answer is news to others, not to us.
+        let moved = before.mapped.is_some() && before.mapped != self.underlay.mapped;
+        if moved && self.underlay.mapped.is_some() {
+            tracing::info!(mapped = ?self.underlay.mapped, "this node is seen elsewhere");
+            let peers = self.current.keys().copied().map(NodeId).collect();
+            self.table.handle_moved(&peers, now);
+        }
+    }
+
+    /// Tells the controller of peers that were seen where nobody said they are.
+    pub(super) fn publish_seen(&self) {
+        let seen = self
+            .seen
+            .iter()
+            .take(SIGHTINGS_MAX)
+            .map(|(id, address)| pb::sync_request::Seen { node_id: *id, address: address.to_string() });
+        let seen: Vec<_> = seen.collect();
+        self.outlets.seen.send_if_modified(|before| {
+            let changed = *before != seen;
+            *before = seen;
+            changed
+        });
+    }
+
+    fn note_seen(&mut self, id: NodeId, from: SocketAddr) {
+        let told =
+            self.told.get(&id.0).is_some_and(|told| candidates(told).iter().any(|(known, _)| *known == from));
+        if told || !self.overlay.may_carry(from) {
+            self.seen.remove(&id.0);
+        } else if self.seen.len() < SIGHTINGS_MAX || self.seen.contains_key(&id.0) {
+            self.seen.insert(id.0, from);
         }
     }
 
@@ -45,13 +90,23 @@ impl Worker {
             TunnelEvent::EndpointChanged { peer, from } => {
                 if let Some(id) = self.id_of(&peer) {
                     self.table.handle_authenticated(id, from, now);
+                    self.note_seen(id, from);
                     self.told_changed = true;
+                }
+            }
+            TunnelEvent::PathAnswered { peer, from, .. } => {
+                // An answer by the relay moves nothing while there is a direct path.
+                if let Some(id) = self.id_of(&peer)
+                    && (relayed_peer(from).is_none() || self.table.endpoint(id) == Some(from))
+                {
+                    self.table.handle_authenticated(id, from, now);
                 }
             }
             // An old key falls silent when its owner has dropped it, a new one is silent until its owner has it.
             TunnelEvent::PeerSilent { peer } => {
                 let in_use = |id: &NodeId| self.keys.get(&id.0).is_some_and(|keys| keys.in_use == peer.0);
                 if let Some(id) = self.id_of(&peer).filter(in_use) {
+                    self.outlets.silence.send_modify(|count| *count = count.wrapping_add(1));
                     self.table.handle_no_reply(id, now);
                 }
             }
@@ -66,14 +121,18 @@ impl Worker {
     /// Carries out what the peer table wants.
     pub(super) fn act(&mut self) {
         while let Some(action) = self.table.poll_action() {
-            let (Action::SetEndpoint { peer, .. } | Action::Handshake { peer }) = action;
+            let (Action::SetEndpoint { peer, .. } | Action::Probe { peer, .. }) = action;
             let Some(keys) = self.keys.get(&peer.0) else { continue };
             match action {
                 Action::SetEndpoint { endpoint, .. } => keys.all().for_each(|key| {
                     self.tunnel.set_endpoint(&PublicKey(key), endpoint);
                 }),
-                Action::Handshake { .. } => {
-                    self.tunnel.initiate_handshake(&PublicKey(keys.in_use));
+                Action::Probe { endpoints, .. } => {
+                    let key = PublicKey(keys.in_use);
+                    // Where the engine cannot look beside, the table has moved the peer there already.
+                    if !self.tunnel.probe(&key, &endpoints) {
+                        self.tunnel.initiate_handshake(&key);
+                    }
                 }
             }
         }
@@ -83,7 +142,7 @@ impl Worker {
         match self.host.addresses().await {
             Ok(addresses) => {
                 let (interface, port) = (self.tunnel.name(), self.tunnel.listen_port());
-                let endpoints = own_endpoints(self.overlay, &self.configured, &addresses, interface, port);
+                let endpoints = own_endpoints(self.overlay, &self.underlay, &addresses, interface, port);
                 self.outlets.endpoints.send_if_modified(|before| {
                     let changed = *before != endpoints;
                     *before = endpoints;
@@ -97,7 +156,8 @@ impl Worker {
     /// Where a peer may be, the endpoint in use first.
     pub(super) fn candidates_of(&self, id: u32) -> Vec<SocketAddr> {
         let told = self.told.get(&id).map(|told| candidates(told)).unwrap_or_default();
-        let mut list: Vec<SocketAddr> = self.table.endpoint(NodeId(id)).into_iter().collect();
+        let direct = self.table.endpoint(NodeId(id)).filter(|endpoint| relayed_peer(*endpoint).is_none());
+        let mut list: Vec<SocketAddr> = direct.into_iter().collect();
         for (address, _) in told {
             if !list.contains(&address) && self.overlay.may_carry(address) {
                 list.push(address);
@@ -124,7 +184,7 @@ impl Worker {
             });
             pb::hints::PeerEndpoints { node_id, endpoints: endpoints.collect() }
         });
-        let hints = pb::Hints { peers: peers.collect(), seen_from: Vec::new() };
+        let hints = pb::Hints { peers: peers.collect(), seen_from: Vec::new(), underlay: None };
         if let Err(error) = self.state.save_endpoints(&hints) {
             tracing::warn!(error = mesh_runtime::chain(&error), "endpoints are not stored");
         }

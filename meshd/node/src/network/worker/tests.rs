@@ -39,7 +39,6 @@ impl Fixture {
             mtu: 1280,
             wg_port: 0,
             backend: Backend::Auto,
-            endpoints: Vec::new(),
             active: identities.active(),
         };
         let (handle, mut worker) = Worker::start(setup).await.unwrap();
