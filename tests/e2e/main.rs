@@ -9,6 +9,7 @@ mod lifetime;
 mod mesh;
 mod operations;
 mod outage;
+mod paths;
 mod policy;
 mod revocation;
 mod rotation;

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use mesh_lab::{
     Host, Lab, Processes,
     testing::{Privilege, isolated},
@@ -70,7 +71,12 @@ impl Fleet {
 
     pub fn add_host(&mut self, name: &str) -> Host {
         self.hosts += 1;
-        let host = self.lab.add_host(name, &Lab::underlay(self.hosts)).expect("a host");
+        self.add_host_at(name, &Lab::underlay(self.hosts))
+    }
+
+    /// A host with these underlay addresses.
+    pub fn add_host_at(&mut self, name: &str, addresses: &[IpNet]) -> Host {
+        let host = self.lab.add_host(name, addresses).expect("a host");
         std::fs::create_dir_all(self.path(name)).expect("the host's folder");
         host
     }

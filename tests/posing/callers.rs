@@ -14,8 +14,13 @@ use crate::{
 };
 
 /// What only a node may call. Written out here, so that a change of the product's table is seen.
-const NODE_ONLY: [&str; 4] =
-    ["/mesh.v1.Renewal/Renew", "/mesh.v1.Renewal/Resume", "/mesh.v1.Sync/Sync", "/mesh.v1.Nodes/Leave"];
+const NODE_ONLY: [&str; 5] = [
+    "/mesh.v1.Renewal/Renew",
+    "/mesh.v1.Renewal/Resume",
+    "/mesh.v1.Sync/Sync",
+    "/mesh.v1.Relay/Open",
+    "/mesh.v1.Nodes/Leave",
+];
 /// What a node may call as operators do, for what is its own.
 const NODES_TOO: [&str; 5] = [
     "/mesh.v1.Certificates/Issue",
@@ -199,6 +204,8 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         passphrase: None,
         publish_listen: vec![],
         publishing: mesh_controller::Publishing::default(),
+        stun_listen: mesh_controller::StunListen::LikeTls,
+        relay: Some(mesh_controller::RelayLimit::default()),
         announce: false,
     };
     let socket = config.socket.clone();
