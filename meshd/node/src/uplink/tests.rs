@@ -40,6 +40,7 @@ impl Fixture {
             interface: "mesh0".into(),
             mtu: 1280,
             wg_port: 0,
+            backend: mesh_tunnel::Backend::Auto,
             active: identities.active(),
         };
         let (network, worker) = Worker::start(setup).await.unwrap();
