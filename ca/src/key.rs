@@ -173,8 +173,8 @@ impl PublicKey {
         rcgen::KeyIdMethod::PreSpecified(Sha256::digest(self.spki.der_bytes())[..20].to_vec())
     }
 
-    /// Whether `signature` over `message` is this key's, by its one algorithm.
-    pub(crate) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+    /// Whether `signature` over `message` is this key's, by its one algorithm (see [`KeyStore`](crate::KeyStore)).
+    pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         use aws_lc_rs::signature as scheme;
         let algorithm: &dyn scheme::VerificationAlgorithm = match self.algorithm {
             KeyAlgorithm::EcdsaP256 => &scheme::ECDSA_P256_SHA256_ASN1,

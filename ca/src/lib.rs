@@ -34,6 +34,7 @@ mod hierarchy;
 mod import;
 mod issue;
 mod lint;
+mod spec;
 
 mod crl;
 mod ocsp;
@@ -80,6 +81,10 @@ pub use profile::{ExtraUsage, LEAF_LIFETIME_MAX, Profile, UnknownProfile, Unknow
 pub use reason::{RevocationReason, UnknownReason};
 pub use seal::{KdfParams, KeyPurpose, SEALED_KEY_BYTES_MAX, SealError, Unlock, seal, unseal};
 pub use serial::{SerialError, SerialNumber};
+pub use spec::{
+    AcceptedProfile, DNS_RULES_MAX, DnsRule, IpRule, KeyFamily, NameGrant, NameOwner, Placement, ProfileSpec,
+    RequestRefusal, RevocationForm, SPEC_LIFETIME_MIN, ServiceKind, SpecError, SpecRequest, UnknownKeyFamily,
+};
 pub use template::{LeafTemplate, NO_REV_AVAIL_LIFETIME_MAX, SANS_PER_CERT_MAX, SubjectForm, TemplateError};
 pub use tls::{AcceptedController, ClientVerifier, ControllerVerifier, PinnedControllerVerifier};
 pub use wireguard::{WIREGUARD_KEYS_OID, WireguardKeysError};

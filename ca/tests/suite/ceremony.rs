@@ -40,7 +40,7 @@ fn ceremony(key: KeyAlgorithm, addressed: bool) -> Ceremony {
 }
 
 #[test]
-fn a_request_becomes_an_issuing_ca_and_the_roots_crl() {
+pub(crate) fn a_request_becomes_an_issuing_ca_and_the_roots_crl() {
     for (key, addressed) in
         [(KeyAlgorithm::EcdsaP256, true), (KeyAlgorithm::EcdsaP384, false), (KeyAlgorithm::Ed25519, true)]
     {

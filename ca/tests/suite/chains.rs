@@ -6,7 +6,7 @@ use rustls_pki_types::CertificateDer;
 use crate::authority::*;
 
 #[test]
-fn a_leaf_of_each_profile_reads_back_as_its_template_said() {
+pub(crate) fn a_leaf_of_each_profile_reads_back_as_its_template_said() {
     let authority = Authority::new();
     for profile in Profile::ALL {
         let template = Authority::template(profile);
@@ -27,7 +27,7 @@ fn a_leaf_of_each_profile_reads_back_as_its_template_said() {
 }
 
 #[test]
-fn a_single_purpose_leaf_is_refused_for_the_other_purpose() {
+pub(crate) fn a_single_purpose_leaf_is_refused_for_the_other_purpose() {
     let authority = Authority::new();
     for profile in Profile::ALL {
         let leaf = authority.leaf(profile);
@@ -42,7 +42,7 @@ fn a_single_purpose_leaf_is_refused_for_the_other_purpose() {
 }
 
 #[test]
-fn a_signed_certificate_that_fits_no_profile_is_refused() {
+pub(crate) fn a_signed_certificate_that_fits_no_profile_is_refused() {
     let authority = Authority::new();
     let key = LeafKey::generate().unwrap();
     type Change = fn(&mut rcgen::CertificateParams);
@@ -221,7 +221,7 @@ fn a_root_past_its_own_validity_carries_nothing() {
 }
 
 #[test]
-fn the_lease_ends_with_the_first_certificate_of_the_chain() {
+pub(crate) fn the_lease_ends_with_the_first_certificate_of_the_chain() {
     // Signed past the rules, for longer than its issuer lives.
     let authority = Authority::new();
     let mut params = Authority::raw_params(&["spiffe://mesh.internal/service/web-1/shop"]);
@@ -259,7 +259,7 @@ fn resume_takes_an_expired_leaf_but_no_expired_forgery() {
 }
 
 #[test]
-fn revoked_leaves_are_refused_and_every_ca_needs_a_crl() {
+pub(crate) fn revoked_leaves_are_refused_and_every_ca_needs_a_crl() {
     let authority = Authority::new();
     let (good, bad) = (authority.leaf(Profile::Node), authority.leaf(Profile::Node));
     let crls = authority.crls(&[bad.issued.serial]);
@@ -334,7 +334,7 @@ fn x509_serial(der: &[u8]) -> SerialNumber {
 }
 
 #[test]
-fn limits_hold_before_anything_is_parsed() {
+pub(crate) fn limits_hold_before_anything_is_parsed() {
     let authority = Authority::new();
     let leaf = authority.leaf(Profile::Node).issued.der;
     let anchors = authority.anchors();

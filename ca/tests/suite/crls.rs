@@ -18,7 +18,7 @@ fn entries(count: u8) -> Vec<RevokedEntry> {
 }
 
 #[test]
-fn a_crl_reads_back_as_it_was_planned() {
+pub(crate) fn a_crl_reads_back_as_it_was_planned() {
     let authority = Authority::new();
     for count in [0, 1, 7, 200] {
         for number in [1, 127, 128, 65_535, u64::MAX] {
@@ -43,7 +43,7 @@ fn a_crl_reads_back_as_it_was_planned() {
 }
 
 #[test]
-fn certificates_and_crl_agree_on_the_address() {
+pub(crate) fn certificates_and_crl_agree_on_the_address() {
     let authority = Authority::new();
     let url = &HttpUrl::parse("http://crl.mesh.internal/0.crl").unwrap();
     let pointers = Pointers { crl: Some(url.clone()), ..Pointers::default() };
@@ -92,7 +92,7 @@ fn impossible_plans_are_refused() {
 }
 
 #[test]
-fn a_crl_of_somebody_else_is_refused() {
+pub(crate) fn a_crl_of_somebody_else_is_refused() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let issuing = authority.issuing.certificate_der();
     let [own, roots] = <[Vec<u8>; 2]>::try_from(authority.crls(&[])).unwrap();
@@ -113,7 +113,7 @@ fn a_crl_of_somebody_else_is_refused() {
 
 /// Checklist 26: fullName equal to the certificates' pointer, critical, at most one flag, FALSE never written.
 #[test]
-fn a_limited_crl_says_what_it_covers() {
+pub(crate) fn a_limited_crl_says_what_it_covers() {
     let authority = Authority::new();
     let url = HttpUrl::parse("http://crl.mesh.internal/7.crl").unwrap();
     for (scope, flag) in [
@@ -155,7 +155,7 @@ fn with_point(authority: &Authority, point: &[u8]) -> Vec<u8> {
 
 /// Checklist 28: rustls refuses delta, indirect and reason-partitioned CRLs, so they are neither made nor taken.
 #[test]
-fn crls_that_rustls_refuses_are_refused() {
+pub(crate) fn crls_that_rustls_refuses_are_refused() {
     let authority = Authority::new();
     let name = b"http://crl.mesh.internal/7.crl";
     let point = |flag: [u8; 3]| [&[0x30, 39, 0xa0, 34, 0xa0, 32, 0x86, 30], name.as_slice(), &flag].concat();

@@ -132,7 +132,7 @@ fn requests_that_no_leaf_can_have_are_refused() {
 }
 
 #[test]
-fn malformed_names_are_refused_by_their_fault() {
+pub(crate) fn malformed_names_are_refused_by_their_fault() {
     let long = format!("{}.mesh.internal", "a.".repeat(143));
     let table = [
         ("*.mesh.internal", NameError::Wildcard),
@@ -152,7 +152,7 @@ fn malformed_names_are_refused_by_their_fault() {
 }
 
 #[test]
-fn weak_and_foreign_keys_are_refused() {
+pub(crate) fn weak_and_foreign_keys_are_refused() {
     /// An RSA key of any size that signs nothing: a CSR is judged by its key before its signature.
     struct Rsa(Vec<u8>);
     impl rcgen::PublicKeyData for Rsa {
@@ -210,7 +210,7 @@ fn every_key_type_that_is_taken_verifies() {
 }
 
 #[test]
-fn a_signature_by_another_key_is_refused() {
+pub(crate) fn a_signature_by_another_key_is_refused() {
     let mut der = Csr::create(&LeafKey::generate().unwrap()).unwrap();
     *der.last_mut().unwrap() ^= 1;
     assert_eq!(verify(&der).unwrap_err(), CsrError::Signature);
@@ -236,7 +236,7 @@ fn a_signature_by_another_key_is_refused() {
 }
 
 #[test]
-fn size_and_form_are_judged_first() {
+pub(crate) fn size_and_form_are_judged_first() {
     let five_mib = vec![0x30; 5 * 1024 * 1024];
     assert_eq!(Csr::parse(&five_mib).unwrap_err(), CsrError::TooLarge(five_mib.len()));
     let der = Csr::create(&LeafKey::generate().unwrap()).unwrap();

@@ -14,7 +14,7 @@ fn second_issuing(authority: &mut Authority, key: KeyAlgorithm) -> Issuer {
 }
 
 #[test]
-fn several_issuing_cas_live_side_by_side_under_their_own_subjects() {
+pub(crate) fn several_issuing_cas_live_side_by_side_under_their_own_subjects() {
     let mut authority = Authority::new();
     let second = second_issuing(&mut authority, KeyAlgorithm::EcdsaP384);
     let subject = |der: &[u8]| {
@@ -39,7 +39,7 @@ fn several_issuing_cas_live_side_by_side_under_their_own_subjects() {
 }
 
 #[test]
-fn an_issuing_ca_certificate_says_where_the_roots_crl_is() {
+pub(crate) fn an_issuing_ca_certificate_says_where_the_roots_crl_is() {
     let mut authority = Authority::new();
     let id = KeyId::parse("issuing-2").unwrap();
     authority.store.generate(id.clone()).unwrap();

@@ -105,7 +105,7 @@ proptest! {
 
 /// A certificate, CSR or CRL with any one byte changed is not believed.
 #[test]
-fn no_changed_byte_is_believed() {
+pub(crate) fn no_changed_byte_is_believed() {
     let fixture = &*FIXTURE;
     let intermediates = fixture.authority.intermediates();
     let issuing = fixture.authority.issuing.certificate_der();

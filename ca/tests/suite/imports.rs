@@ -63,7 +63,7 @@ fn a_foreign_root_of_every_key_type_is_taken_and_signs() {
 }
 
 #[test]
-fn a_foreign_intermediate_comes_with_its_root() {
+pub(crate) fn a_foreign_intermediate_comes_with_its_root() {
     let (root_key, key) = (LeafKey::generate().unwrap(), LeafKey::generate().unwrap());
     let root = ca_params("Old Root").self_signed(&root_key).unwrap();
     let issuer = rcgen::Issuer::from_ca_cert_der(root.der(), &root_key).unwrap();
@@ -93,7 +93,7 @@ fn a_foreign_intermediate_comes_with_its_root() {
 
 /// Checklist 4, 10, 11, 12, 13, 15: each fault of a foreign CA has a name.
 #[test]
-fn a_ca_that_strict_verifiers_refuse_is_refused_by_its_fault() {
+pub(crate) fn a_ca_that_strict_verifiers_refuse_is_refused_by_its_fault() {
     type Change = fn(&mut CertificateParams);
     let table: Vec<(&str, Change, ImportError)> = vec![
         ("no CA", |p| p.is_ca = IsCa::ExplicitNoCa, ImportError::NotCa),
@@ -155,7 +155,7 @@ fn a_ca_that_strict_verifiers_refuse_is_refused_by_its_fault() {
 
 /// rcgen loses repeated attributes of a name, and its own issuer would then differ from the subject (checklist 4).
 #[test]
-fn a_ca_whose_name_cannot_be_reproduced_is_refused() {
+pub(crate) fn a_ca_whose_name_cannot_be_reproduced_is_refused() {
     let authority = Authority::new();
     // CN=a, CN=a: the second vanishes.
     let name = hex::decode("3018310a3008060355040313016131 0a30080603550403130161".replace(' ', "")).unwrap();

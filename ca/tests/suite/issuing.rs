@@ -24,7 +24,7 @@ fn cas_are_named_by_mesh_date_and_key() {
 }
 
 #[test]
-fn renewing_with_the_same_key_takes_another_serial() {
+pub(crate) fn renewing_with_the_same_key_takes_another_serial() {
     let authority = Authority::new();
     let (key, template) = (LeafKey::generate().unwrap(), Authority::template(Profile::Peer));
     let issue = || {
@@ -40,7 +40,7 @@ fn renewing_with_the_same_key_takes_another_serial() {
 }
 
 #[test]
-fn a_leaf_never_reaches_beyond_its_issuer() {
+pub(crate) fn a_leaf_never_reaches_beyond_its_issuer() {
     let authority = Authority::new();
     let end = authority.issuing.not_after();
     let at = |now| {
@@ -126,7 +126,7 @@ fn a_failing_or_lying_key_store_issues_nothing() {
 }
 
 #[test]
-fn the_issuers_own_key_is_not_certified_as_a_leaf() {
+pub(crate) fn the_issuers_own_key_is_not_certified_as_a_leaf() {
     let authority = Authority::new();
     let key = LeafKey::from_pkcs8_der(&authority.issuing_pkcs8).unwrap();
     let template = Authority::template(Profile::Node);
@@ -162,7 +162,7 @@ fn an_issuer_is_a_ca_with_its_own_key() {
 }
 
 #[test]
-fn a_long_name_leaves_the_subject_empty_and_the_names_critical() {
+pub(crate) fn a_long_name_leaves_the_subject_empty_and_the_names_critical() {
     let authority = Authority::new();
     let name = dns(&format!("{}.mesh.internal", "a".repeat(60)));
     let template = LeafTemplate { dns: vec![name.clone()], ..Authority::template(Profile::Server) };

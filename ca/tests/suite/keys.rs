@@ -43,7 +43,7 @@ fn every_ca_key_signs_leaves_of_every_key_and_their_crl() {
 
 /// Checklist 3: inner and outer algorithm are the same, and their parameters are absent or NULL as each RFC wants.
 #[test]
-fn signature_algorithms_have_the_parameters_of_their_rfc() {
+pub(crate) fn signature_algorithms_have_the_parameters_of_their_rfc() {
     for (key, oid) in CA_KEYS.into_iter().zip(["1.2.840.10045.4.3.2", "1.2.840.10045.4.3.3", "1.3.101.112"]) {
         let authority = Authority::with_keys(NOW, "mesh.internal", key, key);
         let leaf = authority.leaf(Profile::Server).issued.der;

@@ -16,7 +16,7 @@ fn offset(at: time::UtcDateTime) -> time::OffsetDateTime {
 }
 
 #[test]
-fn each_broken_leaf_is_found() {
+pub(crate) fn each_broken_leaf_is_found() {
     let authority = Authority::new();
     type Change = fn(&mut rcgen::CertificateParams);
     let table: Vec<(&str, Change, Finding)> = vec![
@@ -183,7 +183,7 @@ fn a_leaf_of_another_issuer_is_found() {
 }
 
 #[test]
-fn each_broken_ca_is_found() {
+pub(crate) fn each_broken_ca_is_found() {
     let authority = Authority::new();
     type Change = fn(&mut rcgen::CertificateParams);
     let table: Vec<(&str, Change, Finding)> = vec![
@@ -228,7 +228,7 @@ fn each_broken_ca_is_found() {
 }
 
 #[test]
-fn each_broken_crl_is_found() {
+pub(crate) fn each_broken_crl_is_found() {
     let authority = Authority::new();
     type Change = fn(&mut rcgen::CertificateRevocationListParams);
     let table: Vec<(&str, Change, Finding)> = vec![
@@ -286,7 +286,7 @@ fn each_broken_crl_is_found() {
 
 /// A list of no entries is written as nothing; rcgen cannot write it otherwise, so the bytes are patched here.
 #[test]
-fn an_empty_list_of_revoked_certificates_is_found() {
+pub(crate) fn an_empty_list_of_revoked_certificates_is_found() {
     use der::{Decode as _, Encode as _};
     let authority = Authority::new();
     let issuing = authority.issuing.certificate_der();

@@ -4,6 +4,7 @@ mod authority;
 
 mod ceremony;
 mod chains;
+mod checklist;
 mod crls;
 mod csrs;
 mod hierarchy;
@@ -13,4 +14,6 @@ mod issuing;
 mod keys;
 mod lints;
 mod ocsp;
+mod smuggling;
+mod specs;
 mod tls;

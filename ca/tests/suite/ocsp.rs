@@ -57,7 +57,7 @@ fn statuses() -> Vec<OcspStatus> {
 
 /// Checklist 34, 35 and 37: the CertID comes back as it was sent, the nonce with it, and the status says what the CRL says.
 #[test]
-fn an_answer_echoes_the_query_and_states_the_status() {
+pub(crate) fn an_answer_echoes_the_query_and_states_the_status() {
     for issuing_key in [KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519] {
         let authority = Authority::with_keys(NOW, "mesh.internal", KeyAlgorithm::EcdsaP256, issuing_key);
         let issuing = authority.issuing.certificate_der();
@@ -98,7 +98,7 @@ fn an_answer_echoes_the_query_and_states_the_status() {
 
 /// Checklist 36: what is no serial of ours was never issued, and a caller can tell.
 #[test]
-fn a_foreign_serial_can_be_answered_with_unknown() {
+pub(crate) fn a_foreign_serial_can_be_answered_with_unknown() {
     let authority = Authority::new();
     let issuing = authority.issuing.certificate_der();
     for serial in [&[1_u8][..], &[0x3f; 16], &[0x11; 20]] {
@@ -142,7 +142,7 @@ fn a_presigned_answer_is_what_a_client_asks_for() {
 
 /// Checklist 33: issued directly by the CA, OCSPSigning alone, ocsp-nocheck, short; and never taken for a mesh identity.
 #[test]
-fn the_delegate_can_do_nothing_but_sign_responses() {
+pub(crate) fn the_delegate_can_do_nothing_but_sign_responses() {
     let authority = Authority::new();
     let responder = responder(&authority, KeyAlgorithm::EcdsaP256);
     let der = responder.certificate_der();
@@ -171,7 +171,7 @@ fn the_delegate_can_do_nothing_but_sign_responses() {
 }
 
 #[test]
-fn forged_and_misdirected_responses_are_refused() {
+pub(crate) fn forged_and_misdirected_responses_are_refused() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let issuing = authority.issuing.certificate_der();
     let responder = responder(&authority, KeyAlgorithm::EcdsaP256);
