@@ -19,7 +19,8 @@ deps:
 # What the tests need on top: real third-party programs to judge us, and one pinned Python environment.
 deps-test: deps
 	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl update-ca-certificates:ca-certificates \
-		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3
+		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3 \
+		vfychain:libnss3-tools java:openjdk-17-jdk-headless softhsm2-util:softhsm2
 	@tests/judges/install
 	@tests/interop/install
 

@@ -4,6 +4,10 @@
 //!
 //! - `root.pem`, `issuing.pem`; `leaf-PROFILE.pem`, `leaf-long.pem` (its name does not fit a subject), `leaf-revoked.pem`
 //! - `root.crl.pem`, `issuing.crl.pem` (empty), `issuing-revoked.crl.pem` (lists `leaf-revoked.pem`)
+//! - `kinds/ISSUER-LEAF/`: for CA keys P-256, P-384 and Ed25519 and every leaf key, a chain with pointers: `root.pem`,
+//!   `issuing.pem`, `good.pem`, `revoked.pem`, `responder.pem`, `good.p12` (password `judges`), `root.crl.pem`, `issuing.crl.pem` and, under
+//!   the name that `openssl ocsp` and `ocsptool` read, `good.ocsp.der` and `revoked.ocsp.der` for SHA-1 CertIDs
+//! - `short.pem`: a leaf without revocation (RFC 9608)
 //! - `addressed/`: a leaf that names a CRL address, one of them revoked, and the CRL of that address
 
 #![allow(clippy::disallowed_methods)] // The library is pure; this program writes files.
@@ -66,6 +70,71 @@ fn template(profile: Profile, now: UtcDateTime) -> Result<LeafTemplate, NameErro
     })
 }
 
+/// One chain of given key types, with pointers, CRLs of shard and root, and OCSP responses.
+fn kind(
+    folder: &Path,
+    ca_key: KeyAlgorithm,
+    leaf_key: KeyAlgorithm,
+    now: UtcDateTime,
+) -> Result<(), Box<dyn Error>> {
+    let folder = folder.join("kinds").join(format!("{ca_key}-{leaf_key}"));
+    fs::create_dir_all(&folder)?;
+    let domain = TrustDomain::parse("mesh.internal")?;
+    let naming = CaNaming { mesh: "prod-eu", now };
+    let (root_id, issuing_id) = (KeyId::parse("root")?, KeyId::parse("issuing")?);
+    let mut store = MemoryKeyStore::new();
+    store.generate_for(root_id.clone(), ca_key)?;
+    store.generate_for(issuing_id.clone(), ca_key)?;
+    let root = create_root(&store, &root_id, naming, &mut rng)?;
+    let root = Issuer::new(&root.der, root_id, domain.clone(), &store)?;
+    let points = PublishingPoints::new(HttpUrl::parse("http://pki.mesh.internal")?, 4)?;
+    let ca_pointers = points.ca(root.key_identifier())?;
+    let public = store.public_key(&issuing_id)?;
+    let issuing = create_issuing_ca_for(&root, &store, &public, naming, &ca_pointers, &mut rng)?;
+    let issuing = Issuer::new(&issuing.der, issuing_id, domain, &store)?;
+    let pointers = points.leaf(issuing.key_identifier(), 3)?;
+    let responder_key = LeafKey::generate_for(ca_key)?;
+    let responder =
+        OcspResponder::issue(&issuing, &store, responder_key, SerialNumber::random(&mut rng), now)?;
+    let mut revoked = Vec::new();
+    for name in ["good", "revoked"] {
+        let leaf = LeafTemplate { pointers: pointers.clone(), crl_shard: 3, ..template(Profile::Peer, now)? };
+        let key = LeafKey::generate_for(leaf_key)?;
+        let csr = Csr::parse(&Csr::create(&key)?)?.verify()?;
+        let issued = issue_leaf(&issuing, &store, &csr, &leaf, SerialNumber::random(&mut rng))?;
+        fs::write(folder.join(format!("{name}.pem")), bundle::encode_certificates([&issued.der]))?;
+        let mut status = OcspStatus::Good;
+        if name == "revoked" {
+            let reason = RevocationReason::KeyCompromise;
+            revoked.push(RevokedEntry { serial: issued.serial, revoked_at: now, reason });
+            status = OcspStatus::Revoked { at: now, reason };
+        } else {
+            let chain = [issued.der.clone().into(), issuing.certificate_der().to_vec().into()];
+            let file = write_pkcs12("good", &key.to_pkcs8_der(), &chain, "judges", &mut rng)?;
+            fs::write(folder.join("good.p12"), file.as_slice())?;
+        }
+        let answer = OcspAnswer::new(status, now, OCSP_RESPONSE_LIFETIME);
+        let response = responder.presign(&issued.serial, CertIdHash::Sha1, &answer)?;
+        fs::write(folder.join(format!("{name}.ocsp.der")), response)?;
+    }
+    let plan = CrlPlan {
+        url: pointers.crl.as_ref(),
+        scope: CrlScope::UserCerts,
+        ..CrlPlan::new(7, now, CRL_LIFETIME, &revoked)
+    };
+    fs::write(folder.join("issuing.crl.pem"), bundle::encode_crls([build_crl(&issuing, &store, &plan)?]))?;
+    let plan = CrlPlan {
+        url: ca_pointers.crl.as_ref(),
+        scope: CrlScope::CaCerts,
+        ..CrlPlan::new(1, now, ROOT_CRL_LIFETIME, &[])
+    };
+    fs::write(folder.join("root.crl.pem"), bundle::encode_crls([build_crl(&root, &store, &plan)?]))?;
+    fs::write(folder.join("root.pem"), bundle::encode_certificates([root.certificate_der()]))?;
+    fs::write(folder.join("issuing.pem"), bundle::encode_certificates([issuing.certificate_der()]))?;
+    fs::write(folder.join("responder.pem"), bundle::encode_certificates([responder.certificate_der()]))?;
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: chain DIR")?);
     fs::create_dir_all(folder.join("addressed"))?;
@@ -78,6 +147,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     store.generate(issuing_id.clone())?;
     let root = create_root(&store, &root_id, naming, &mut rng)?;
     let root = Issuer::new(&root.der, root_id, domain.clone(), &store)?;
+    for ca_key in [KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519] {
+        let rsa = KeyAlgorithm::Rsa { bits: 2048 };
+        for leaf_key in [KeyAlgorithm::EcdsaP256, KeyAlgorithm::EcdsaP384, KeyAlgorithm::Ed25519, rsa] {
+            kind(&folder, ca_key, leaf_key, now)?;
+        }
+    }
     let issuing = create_issuing_ca(&root, &store, &issuing_id, naming, &mut rng)?;
     let issuing = Issuer::new(&issuing.der, issuing_id, domain, &store)?;
     let writer = Writer { folder, store, issuing };
@@ -87,6 +162,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for profile in Profile::ALL {
         writer.leaf(&format!("leaf-{profile}.pem"), &template(profile, now)?)?;
     }
+    let short = LeafTemplate { no_rev_avail: true, ..template(Profile::Server, now)? };
+    writer.leaf("short.pem", &short)?;
     let long = DnsName::parse(&format!("{}.mesh.internal", "a".repeat(60)))?;
     writer.leaf("leaf-long.pem", &LeafTemplate { dns: vec![long], ..template(Profile::Server, now)? })?;
     let revoked = writer.leaf("leaf-revoked.pem", &template(Profile::Peer, now)?)?;

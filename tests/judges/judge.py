@@ -1,4 +1,4 @@
-"""Judges a folder of `ca/examples/chain.rs` with OpenSSL, GnuTLS, pyca and pkilint.
+"""Judges a folder of `ca/examples/chain.rs` with OpenSSL, GnuTLS, NSS, pyca, Go, the JDK and pkilint.
 
 Each judgement is one line. What must be refused (a revoked leaf, a changed leaf, a leaf used for what it is not, a missing
 CRL) is judged as well: a judge that cannot say no proves nothing. Exits 1 if any judgement differs from what is expected.
@@ -7,6 +7,7 @@ CRL) is judged as well: a judge that cannot say no proves nothing. Exits 1 if an
 import base64
 import concurrent.futures
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -192,8 +193,107 @@ def lint_jobs():
     yield "root.crl.pem", ["lint_crl", "lint", "-t", "ARL", "-p", "PKIX", root_crl], True
 
 
+def by_lines(judge, output):
+    """Verdicts of a program that prints `folder<TAB>what<TAB>verdict`; what must be refused is `revoked`."""
+    lines = [line.split("\t") for line in output.splitlines() if line.count("\t") == 2]
+    for place, what, verdict in lines:
+        kind = pathlib.Path(place).name
+        expect(f"{judge:8} {kind} {what}", verdict == "accepted", verdict, what != "revoked")
+        if what == "revoked" and "revoked" not in verdict.lower():
+            expect(f"{judge:8} {kind} revoked, and says so", False, verdict)
+    return len(lines)
+
+
+def judge_jdk(kinds):
+    done, output = run("java", folder_of_judges / "Judge.java", *kinds)
+    if by_lines("jdk", output) != 3 * len(kinds) or not done:
+        expect("jdk      judged every kind", False, output)
+
+
+def judge_go(kinds):
+    go = pathlib.Path(sys.executable).parent / "go"
+    environment = {**os.environ, "GOCACHE": str(scratch / "go"), "GOPATH": str(scratch / "gopath"), "GO111MODULE": "off", "CGO_ENABLED": "0"}
+    command = [str(go), "run", str(folder_of_judges / "judge.go"), *map(str, kinds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    if by_lines("go", done.stdout) != 2 * len(kinds) or done.returncode:
+        expect("go       judged every kind", False, done.stdout + done.stderr)
+
+
+def judge_nss(kind):
+    """NSS takes CRLs into its database; vfychain -g leaf -m crl asks them alone."""
+    database = scratch / f"nss-{kind.name}"
+    database.mkdir()
+    _, made = run("certutil", "-N", "-d", f"sql:{database}", "--empty-password")
+    for name, trust in (("root", "CT,C,C"), ("issuing", ",,")):
+        run("certutil", "-A", "-d", f"sql:{database}", "-n", name, "-t", trust, "-i", kind / f"{name}.pem")
+    for name in ("root", "issuing"):
+        der = database / f"{name}.crl"
+        run("openssl", "crl", "-in", kind / f"{name}.crl.pem", "-outform", "DER", "-out", der)
+        good, detail = run("crlutil", "-I", "-d", f"sql:{database}", "-i", der, "-B")
+        expect(f"nss      {kind.name} takes {name}.crl", good, detail + made)
+    for leaf, usage in (("good", "1"), ("good", "0"), ("revoked", "1")):
+        options = ["-d", f"sql:{database}", "-u", usage, "-a", kind / f"{leaf}.pem"]
+        accepted, detail = run("vfychain", *options)
+        expect(f"nss      {kind.name} {leaf} usage {usage}", accepted, detail, leaf == "good")
+
+
+def judge_ocsp(kind):
+    chain = joined(f"chain-{kind.name}.pem", kind / "issuing.pem", kind / "root.pem")
+    for leaf in ("good", "revoked"):
+        response = kind / f"{leaf}.ocsp.der"
+        command = ["openssl", "ocsp", "-respin", response, "-issuer", kind / "issuing.pem", "-cert", kind / f"{leaf}.pem"]
+        done, detail = run(*command, "-CAfile", kind / "root.pem", "-verify_other", chain, "-no_nonce")
+        said = f"{leaf}.pem: {leaf}" in detail and "Response verify OK" in detail
+        reason = leaf == "good" or "Reason: keyCompromise" in detail
+        expect(f"openssl  {kind.name} OCSP says {leaf}", done and said and reason, detail)
+        command = ["ocsptool", "--response-info", "--load-response", response, "--inder"]
+        _, detail = run(*command)
+        said = f"Certificate Status: {leaf}" in detail
+        expect(f"gnutls   {kind.name} OCSP says {leaf}", said, detail)
+        command = ["ocsptool", "--verify-response", "--load-response", response, "--load-signer", kind / "responder.pem"]
+        accepted, detail = run(*command)
+        expect(f"gnutls   {kind.name} OCSP signature, {leaf}", accepted, detail)
+    crossed = ["openssl", "ocsp", "-respin", kind / "good.ocsp.der", "-issuer", kind / "issuing.pem", "-cert", kind / "revoked.pem"]
+    _, detail = run(*crossed, "-CAfile", kind / "root.pem", "-verify_other", chain, "-no_nonce")
+    expect(f"openssl  {kind.name} OCSP of another certificate", "revoked.pem: good" in detail, detail, False)
+
+
+def judge_kind(kind):
+    """Every judge with command-line programs on one combination of key types."""
+    crls = joined(f"crls-{kind.name}.pem", kind / "issuing.crl.pem", kind / "root.crl.pem")
+    for leaf in ("good", "revoked"):
+        strict = ["openssl", "verify", "-x509_strict", "-crl_check_all", "-extended_crl", "-CAfile", kind / "root.pem"]
+        strict += ["-untrusted", kind / "issuing.pem", "-CRLfile", crls, "-purpose", "sslserver"]
+        expect(f"openssl  {kind.name} {leaf}", *run(*strict, "-verify_hostname", "shop.mesh.internal", kind / f"{leaf}.pem"), leaf == "good")
+        chain = joined(f"{kind.name}-{leaf}.pem", kind / f"{leaf}.pem", kind / "issuing.pem")
+        command = ["certtool", "--verify", "--verify-profile", "medium", "--load-ca-certificate", kind / "root.pem"]
+        expect(f"gnutls   {kind.name} {leaf}", *run(*command, "--infile", chain, "--load-crl", crls), leaf == "good")
+    opened, detail = run("openssl", "pkcs12", "-in", kind / "good.p12", "-passin", "pass:judges", "-nodes")
+    expect(f"openssl  {kind.name} PKCS #12", opened and detail.count("BEGIN CERTIFICATE") == 2, detail)
+    judge_ocsp(kind)
+    judge_nss(kind)
+
+
+def kind_lints(kinds):
+    for kind in kinds:
+        for name in ("root", "issuing", "good", "responder"):
+            yield f"{kind.name}/{name}.pem", ["lint_pkix_cert", "lint", kind / f"{name}.pem"], True
+        yield f"{kind.name} shard", ["lint_crl", "lint", "-t", "CRL", "-p", "PKIX", kind / "issuing.crl.pem"], True
+        yield f"{kind.name} root", ["lint_crl", "lint", "-t", "ARL", "-p", "PKIX", kind / "root.crl.pem"], True
+        yield f"{kind.name} OCSP", ["lint_ocsp_response", "lint", kind / "good.ocsp.der"], True
+
+
+folder_of_judges = pathlib.Path(__file__).resolve().parent
+kinds = sorted((folder / "kinds").iterdir())
 judge_chains()
-jobs = [*judge_changed(), *lint_jobs()]
+with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+    list(pool.map(judge_kind, kinds))
+judge_jdk(kinds)
+judge_go(kinds)
+openssl("short.pem, noRevAvail", folder / "short.pem", joined("crls.pem", folder / "issuing.crl.pem", root_crl))
+# pkilint starts in a second: four combinations show every key type on both sides.
+linted = [kind for kind in kinds if kind.name in ("ecdsa-p256-rsa-2048", "ecdsa-p384-ecdsa-p256", "ed25519-ecdsa-p384", "ecdsa-p256-ed25519")]
+jobs = [*judge_changed(), *lint_jobs(), *kind_lints(linted)]
 with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
     for what, accepted, detail, expected in pool.map(pkilint, jobs):
         expect(f"pkilint  {what}", accepted, detail, expected)

@@ -1,0 +1,73 @@
+// Judges each folder given as argument with Go's crypto/x509: chain, purposes, name, and the CRLs by signature and serial.
+package main
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+func block(path string) []byte {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		panic(err)
+	}
+	found, _ := pem.Decode(text)
+	return found.Bytes
+}
+
+func certificate(path string) *x509.Certificate {
+	parsed, err := x509.ParseCertificate(block(path))
+	if err != nil {
+		panic(err)
+	}
+	return parsed
+}
+
+func judge(folder, leaf string) error {
+	root, issuing := certificate(filepath.Join(folder, "root.pem")), certificate(filepath.Join(folder, "issuing.pem"))
+	subject := certificate(filepath.Join(folder, leaf+".pem"))
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(root)
+	intermediates.AddCert(issuing)
+	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		options := x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: "shop.mesh.internal", KeyUsages: []x509.ExtKeyUsage{usage}}
+		if _, err := subject.Verify(options); err != nil {
+			return err
+		}
+	}
+	for _, pair := range []struct {
+		file   string
+		issuer *x509.Certificate
+		of     *x509.Certificate
+	}{{"root.crl.pem", root, issuing}, {"issuing.crl.pem", issuing, subject}} {
+		list, err := x509.ParseRevocationList(block(filepath.Join(folder, pair.file)))
+		if err != nil {
+			return err
+		}
+		if err := list.CheckSignatureFrom(pair.issuer); err != nil {
+			return err
+		}
+		for _, entry := range list.RevokedCertificateEntries {
+			if entry.SerialNumber.Cmp(pair.of.SerialNumber) == 0 {
+				return errors.New("revoked")
+			}
+		}
+	}
+	return nil
+}
+
+func main() {
+	for _, folder := range os.Args[1:] {
+		for _, leaf := range []string{"good", "revoked"} {
+			verdict := "accepted"
+			if err := judge(folder, leaf); err != nil {
+				verdict = "refused " + err.Error()
+			}
+			fmt.Printf("%s\t%s\t%s\n", folder, leaf, verdict)
+		}
+	}
+}
