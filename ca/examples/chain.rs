@@ -123,11 +123,7 @@ fn kind(
         ..CrlPlan::new(7, now, CRL_LIFETIME, &revoked)
     };
     fs::write(folder.join("issuing.crl.pem"), bundle::encode_crls([build_crl(&issuing, &store, &plan)?]))?;
-    let plan = CrlPlan {
-        url: ca_pointers.crl.as_ref(),
-        scope: CrlScope::CaCerts,
-        ..CrlPlan::new(1, now, ROOT_CRL_LIFETIME, &[])
-    };
+    let plan = CrlPlan::new(1, now, ROOT_CRL_LIFETIME, &[]);
     fs::write(folder.join("root.crl.pem"), bundle::encode_crls([build_crl(&root, &store, &plan)?]))?;
     fs::write(folder.join("root.pem"), bundle::encode_certificates([root.certificate_der()]))?;
     fs::write(folder.join("issuing.pem"), bundle::encode_certificates([issuing.certificate_der()]))?;

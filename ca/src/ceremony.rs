@@ -17,7 +17,7 @@ use time::UtcDateTime;
 
 use crate::asn1::{content, elements, parts, sequence, wrap};
 use crate::bundle::{BundleError, encode_certificates, encode_crls};
-use crate::crl::{Crl, CrlError, CrlPlan, CrlScope, ROOT_CRL_LIFETIME, RevokedEntry, build_crl};
+use crate::crl::{Crl, CrlError, CrlPlan, ROOT_CRL_LIFETIME, RevokedEntry, build_crl};
 use crate::hierarchy::{CaCertificate, CaNaming, create_issuing_ca_for};
 use crate::instant::{from_asn1, whole_seconds};
 use crate::issue::{IssueError, Issuer, recheck_signature};
@@ -82,7 +82,7 @@ pub struct IssuerRequest {
     pub mesh: String,
     /// Key of the new issuing CA.
     pub public_key: PublicKey,
-    /// Where the root's CRL and certificate are published; written into the new certificate and the CRL.
+    /// Where the root's CRL and certificate are published; written into the new certificate.
     pub pointers: Pointers,
     /// When the controller asked.
     pub requested_at: UtcDateTime,
@@ -188,10 +188,10 @@ impl IssuerRequest {
         })
     }
 
+    /// Complete and without address: it also speaks for the root itself, whose certificate names none, and OpenSSL's
+    /// `-crl_check_all` asks for that.
     fn crl_plan(&self, now: UtcDateTime) -> CrlPlan<'_> {
-        let scope = if self.pointers.crl.is_some() { CrlScope::CaCerts } else { CrlScope::All };
-        let plan = CrlPlan::new(self.crl_number, now, ROOT_CRL_LIFETIME, &self.revoked);
-        CrlPlan { url: self.pointers.crl.as_ref(), scope, ..plan }
+        CrlPlan::new(self.crl_number, now, ROOT_CRL_LIFETIME, &self.revoked)
     }
 }
 

@@ -144,7 +144,8 @@ impl PublishingPoints {
         self.base.join(&format!("crl/{issuer}/{shard}.crl"))
     }
 
-    /// Address of the CRL for the CA certificates that this CA signed.
+    /// Address of the CRL for the CA certificates that this CA signed. That CRL itself names no address: a root's own
+    /// certificate has no pointer, and a CRL limited to an address would not speak for it (OpenSSL `-crl_check_all`, error 44).
     pub fn ca_crl(&self, issuer: &KeyIdentifier) -> Result<HttpUrl, UrlError> {
         self.base.join(&format!("crl/{issuer}/ca.crl"))
     }

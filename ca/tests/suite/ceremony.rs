@@ -52,7 +52,7 @@ pub(crate) fn a_request_becomes_an_issuing_ca_and_the_roots_crl() {
         let signed = SignedIssuer::parse_verified(answer.as_bytes(), &request, root).unwrap();
         let crl = Crl::parse_verified(&signed.root_crl, root).unwrap();
         assert_eq!((crl.number(), crl.len()), (41, 1));
-        assert_eq!(crl.scope() == CrlScope::CaCerts, addressed);
+        assert_eq!((crl.url(), crl.scope()), (None, CrlScope::All));
 
         // The controller issues with it, without ever having seen the root's key.
         let id = KeyId::parse(ISSUING).unwrap();

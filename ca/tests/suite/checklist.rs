@@ -10,7 +10,9 @@ use crate::authority::*;
 use crate::{ceremony, chains, crls, csrs, hierarchy, hostile, imports, issuing, keys, lints, ocsp, specs};
 
 /// Line, rule in short, tests.
-const LINES: &[(u8, &str, &[fn()])] = &[
+type Line = (u8, &'static str, &'static [fn()]);
+
+const LINES: &[Line] = &[
     (
         1,
         "serials random, positive, never repeated",
