@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-kernel bench lint audit bench-inventory docs deps deps-test build check-tree
+.PHONY: help demo test test-kernel bench bench-inventory bench-tunnel lint audit docs deps deps-test build check-tree
 help:
 	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
 	@echo "make test    every test, lint and judge (what CI runs)"
@@ -69,3 +69,9 @@ bench-revocation:
 bench: deps-test
 	@deploy/install-packages iperf3:iperf3 cfssl:golang-cfssl
 	tests/bench/run
+	tests/bench/tunnel
+
+# The tunnel alone; BORINGTUN_CLI=path adds that program's rows.
+bench-tunnel: deps-test
+	@deploy/install-packages iperf3:iperf3
+	tests/bench/tunnel
