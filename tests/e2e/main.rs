@@ -5,6 +5,7 @@ mod crash;
 mod demo;
 mod enrollment;
 mod host;
+mod judged;
 mod lifetime;
 mod mesh;
 mod operations;

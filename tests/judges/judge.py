@@ -1,4 +1,5 @@
-"""Judges a folder of `ca/examples/chain.rs` with OpenSSL, GnuTLS, NSS, pyca, Go, the JDK and pkilint.
+"""Judges a folder of `ca/examples/chain.rs`, or of `tests/e2e/judged.rs`, with OpenSSL, GnuTLS, NSS, pyca, Go, the JDK and
+pkilint.
 
 Each judgement is one line. What must be refused (a revoked leaf, a changed leaf, a leaf used for what it is not, a missing
 CRL) is judged as well: a judge that cannot say no proves nothing. Exits 1 if any judgement differs from what is expected.
@@ -290,21 +291,48 @@ def kind_lints(kinds):
         yield f"{kind.name} OCSP", ["lint_ocsp_response", "lint", kind / "good.ocsp.der"], True
 
 
+def judge_fleet(leaves):
+    """What a running controller issued: `fleet.json` names each leaf, what it may do, and whether it is revoked."""
+    issuing_crl = folder / "issuing.crl.pem"
+    crls = joined("crls.pem", issuing_crl, root_crl)
+    for name, fact in leaves.items():
+        leaf, host, live = folder / name, fact["host"], not fact["revoked"]
+        for use in (SERVER, CLIENT):
+            name_to_check = host if use == SERVER else None
+            may = live and use in fact["uses"]
+            openssl(f"{name} as {use}", leaf, crls, use, name_to_check, may)
+            gnutls(f"{name} as {use}", leaf, crls, use, name_to_check, may)
+            if use == CLIENT or host:
+                pyca(f"{name} as {use}", leaf, issuing_crl, use, host, may)
+        if host:
+            openssl(f"{name} under another name", leaf, crls, host="evil.mesh.internal", expected=False)
+        yield name, ["lint_pkix_cert", "lint", leaf], True
+        yield f"issuing.pem signs {name}", ["lint_pkix_signer_signee_cert_chain", "lint", issuing, leaf], True
+    for path in (root, issuing):
+        yield path.name, ["lint_pkix_cert", "lint", path], True
+    yield "root.pem signs issuing.pem", ["lint_pkix_signer_signee_cert_chain", "lint", root, issuing], True
+    yield "issuing.crl.pem", ["lint_crl", "lint", "-t", "CRL", "-p", "PKIX", issuing_crl], True
+    yield "root.crl.pem", ["lint_crl", "lint", "-t", "ARL", "-p", "PKIX", root_crl], True
+
+
 folder_of_judges = pathlib.Path(__file__).resolve().parent
-kinds = sorted((folder / "kinds").iterdir())
-judge_chains()
-with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-    list(pool.map(judge_kind, kinds))
-judge_nss(
-    "plain CRLs", root, issuing, [(root_crl, True), (folder / "issuing-revoked.crl.pem", True)],
-    [(folder / "leaf-peer.pem", "1", True), (folder / "leaf-peer.pem", "0", True), (folder / "leaf-revoked.pem", "1", False)],
-)
-judge_jdk(kinds)
-judge_go(kinds)
-openssl("short.pem, noRevAvail", folder / "short.pem", joined("crls.pem", folder / "issuing.crl.pem", root_crl))
-# pkilint takes a second to start: two combinations show most key types, and the issuing tests lint the rest.
-linted = [kind for kind in kinds if kind.name in ("ecdsa-p384-rsa-2048", "ed25519-ecdsa-p384")]
-jobs = [*judge_changed(), *lint_jobs(), *kind_lints(linted)]
+if (folder / "fleet.json").is_file():
+    jobs = list(judge_fleet(json.loads((folder / "fleet.json").read_text())))
+else:
+    kinds = sorted((folder / "kinds").iterdir())
+    judge_chains()
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(judge_kind, kinds))
+    judge_nss(
+        "plain CRLs", root, issuing, [(root_crl, True), (folder / "issuing-revoked.crl.pem", True)],
+        [(folder / "leaf-peer.pem", "1", True), (folder / "leaf-peer.pem", "0", True), (folder / "leaf-revoked.pem", "1", False)],
+    )
+    judge_jdk(kinds)
+    judge_go(kinds)
+    openssl("short.pem, noRevAvail", folder / "short.pem", joined("crls.pem", folder / "issuing.crl.pem", root_crl))
+    # pkilint takes a second to start: two combinations show most key types, and the issuing tests lint the rest.
+    linted = [kind for kind in kinds if kind.name in ("ecdsa-p384-rsa-2048", "ed25519-ecdsa-p384")]
+    jobs = [*judge_changed(), *lint_jobs(), *kind_lints(linted)]
 with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
     for what, accepted, detail, expected in pool.map(pkilint, jobs):
         expect(f"pkilint  {what}", accepted, detail, expected)
