@@ -46,7 +46,7 @@ fn certificate(world: &World, issuer: &KeyId, number: u64, now: UtcTime) -> Cert
 /// Adds `revoked` revoked certificates and [`TIMED`] live ones, as their records would have.
 fn fill(world: &mut World, issuer: &KeyId, revoked: u64, now: UtcTime) -> Vec<Serial> {
     let seq = world.head_seq();
-    let mut apply = |world: &mut World, changes: Vec<Change>| {
+    let apply = |world: &mut World, changes: Vec<Change>| {
         let record = Record {
             operation: OperationId(mesh_runtime::random_bytes()),
             at: now,

@@ -41,10 +41,10 @@ async fn a_restart_keeps_everything() {
 
     let running = mesh.start().await;
     let after = (log(&running, pb::AuditLogRequest::default()).await, crls(&running).await);
-    // A start adds its own certificate to the log, and nothing else.
+    // A start adds its own certificates to the log, and nothing else.
     assert_eq!(after.0[..before.0.len()], before.0);
     let added: Vec<_> = after.0[before.0.len()..].iter().map(|entry| entry.action.as_str()).collect();
-    assert_eq!(added, ["controller.certify"]);
+    assert_eq!(added, ["controller.certify", "ocsp.certify"]);
     assert_eq!(before.1, after.1, "the same CRLs, not new ones");
     let again = candidate.enroll(running.stranger().await, &token).await.unwrap();
     assert_eq!(again.leaf, enrolled.leaf);
@@ -61,13 +61,21 @@ async fn the_audit_log_names_who_did_what_and_is_verified() {
     let actions: Vec<_> = entries.iter().map(|entry| entry.action.as_str()).collect();
     assert_eq!(
         actions,
-        ["mesh.create", "controller.certify", "crl.issue", "crl.issue", "token.create", "node.enroll"]
+        [
+            "mesh.create",
+            "controller.certify",
+            "ocsp.certify",
+            "crl.issue",
+            "crl.issue",
+            "token.create",
+            "node.enroll"
+        ]
     );
-    assert_eq!(entries[4].actor, "local root");
-    assert!(entries[5].detail.contains("alpha"), "{:?}", entries[5]);
+    assert_eq!(entries[5].actor, "local root");
+    assert!(entries[6].detail.contains("alpha"), "{:?}", entries[6]);
     assert!(entries.windows(2).all(|pair| pair[0].seq + 1 == pair[1].seq && pair[0].time <= pair[1].time));
     let last_two = log(&running, pb::AuditLogRequest { limit: 2, ..Default::default() }).await;
-    assert_eq!(last_two, entries[4..]);
+    assert_eq!(last_two, entries[5..]);
     let since = log(&running, pb::AuditLogRequest { since: entries[0].time, ..Default::default() }).await;
     assert_eq!(since, entries);
     let future = pb::AuditLogRequest { since: entries[0].time + 3600, ..Default::default() };

@@ -26,7 +26,7 @@ fn record(number: u32, node: u32, end: i64) -> CertificateRecord {
         shard: 0,
         not_before: UtcTime(end - 3 * DAY),
         not_after: UtcTime(end),
-        issuer_key_id: KeyId(vec![if number % 2 == 0 { 0xaa } else { 0xbb }; 20]),
+        issuer_key_id: KeyId(vec![if number.is_multiple_of(2) { 0xaa } else { 0xbb }; 20]),
         der: vec![],
     }
 }
