@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tunnel::{
-    Backend, BackendKind, PeerConfig, PresharedKey, PublicKey, RecvTimeoutError, Tunnel, TunnelConfig,
-    TunnelError, TunnelEvent,
+    Backend, BackendKind, PeerConfig, PresharedKey, PublicKey, RecvTimeoutError, TunnelConfig, TunnelError,
+    TunnelEvent,
 };
 
 use crate::basic::tcp_transfer;

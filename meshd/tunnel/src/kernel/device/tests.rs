@@ -210,7 +210,9 @@ impl Model {
         }
         let prefix = IpNet::new(address.unwrap(), length.unwrap()).unwrap();
         assert_eq!(prefix, prefix.trunc());
-        self.peers.values_mut().for_each(|held| drop(held.remove(&prefix)));
+        for held in self.peers.values_mut() {
+            held.remove(&prefix);
+        }
         self.peers.get_mut(&key).unwrap().insert(prefix);
     }
 }
