@@ -16,7 +16,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use crate::{
     app::App,
     context,
-    error::{Exit, Failure, Result},
+    error::{Failure, Result},
 };
 
 /// What an administrator adds by hand lies here (update-ca-certificates(8)).
