@@ -228,7 +228,10 @@ fn any_prefixes() -> impl Strategy<Value = BTreeSet<IpNet>> {
     btree_set(prop_oneof![four, six].prop_map(|prefix| prefix.trunc()), 0..12)
 }
 
-fn any_report() -> impl Strategy<Value = (Option<(bool, [u8; 16], u16)>, Option<(u32, u32)>, u64, u64)> {
+/// Endpoint (IPv6 or not, address, port), last handshake, octets in and out.
+type Report = (Option<(bool, [u8; 16], u16)>, Option<(u32, u32)>, u64, u64);
+
+fn any_report() -> impl Strategy<Value = Report> {
     let time = (1_u32.., 0_u32..1_000_000_000);
     (
         proptest::option::of(any::<(bool, [u8; 16], u16)>()),
