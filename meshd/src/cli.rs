@@ -97,7 +97,7 @@ pub(crate) struct ControllerInit {
     /// Address under which nodes reach this controller; stands in every join token. Repeatable.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) advertise: Vec<String>,
-    /// Base address in certificates where their CRL is fetched, for example http://pki.mesh.internal; certificates name
+    /// Base address in certificates where their CRL is fetched, for example `http://pki.mesh.internal`; certificates name
     /// none without it.
     #[arg(long, value_name = "URL")]
     pub(crate) publish_url: Option<String>,
