@@ -41,7 +41,7 @@ impl Ping {
                 .map(|reply| {
                     json!({
                         "layer": reply.layer, "ok": reply.ok, "rttMicros": reply.rtt_us, "address": reply.address,
-                        "detail": reply.detail,
+                        "detail": reply.detail, "next": reply.next,
                     })
                 })
                 .collect();
@@ -52,7 +52,7 @@ impl Ping {
         }
         let failure = Failure::new(ErrorCode::PeerUnreachable, format!("{} does not answer", self.node))
             .why(reason(&replies))
-            .next("`meshctl status` shows its path and lease, `meshctl doctor` looks for causes here");
+            .next(next(&replies));
         if app.out.is_json() {
             failure.print(None);
             return Ok(failure.exit);
@@ -109,12 +109,29 @@ fn reason(replies: &[pb::PingReply]) -> String {
     }
 }
 
+/// What to do about it.
+fn next(replies: &[pb::PingReply]) -> String {
+    match replies.iter().find(|reply| !reply.ok && !reply.next.is_empty()) {
+        Some(reply) => safe(&reply.next).into_owned(),
+        None => {
+            "`meshctl status` shows its path and lease, `meshctl doctor` looks for causes here".to_owned()
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn reply(layer: &str, ok: bool, rtt_us: u32, detail: &str) -> pb::PingReply {
-        pb::PingReply { layer: layer.into(), ok, rtt_us, detail: detail.into(), address: "100.64.0.2".into() }
+        pb::PingReply {
+            layer: layer.into(),
+            ok,
+            rtt_us,
+            detail: detail.into(),
+            address: "100.64.0.2".into(),
+            next: String::new(),
+        }
     }
 
     #[test]
@@ -133,5 +150,8 @@ mod tests {
         assert_eq!(plain(&replies[2]), "overlay    no reply   100.64.0.2");
         assert_eq!(reason(&replies), "handshake: timed out");
         assert_eq!(reason(&replies[2..]), "no reply on the overlay layer");
+        assert!(next(&replies).contains("meshctl doctor"));
+        let told = pb::PingReply { next: "open UDP port 51820".into(), ..replies[1].clone() };
+        assert_eq!(next(&[replies[0].clone(), told]), "open UDP port 51820");
     }
 }

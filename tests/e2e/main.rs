@@ -11,6 +11,7 @@ mod mesh;
 mod operations;
 mod outage;
 mod paths;
+mod ping;
 mod policy;
 mod revocation;
 mod rotation;

@@ -92,12 +92,13 @@ fn peers(peers: &[pb::PeerStatus], now: i64, wide: bool) -> Table {
             "PATH",
             "HANDSHAKE",
             "RTT",
+            "LOSS",
             "RECEIVED",
             "SENT",
             "LEASE",
         ]
     } else {
-        &["PEER", "MESH IP", "PATH", "HANDSHAKE", "RTT", "LEASE"]
+        &["PEER", "MESH IP", "PATH", "HANDSHAKE", "RTT", "LOSS", "LEASE"]
     });
     for peer in peers {
         let (name, ipv4, path) = (peer.name.clone(), peer.ipv4.clone(), peer.path.clone());
@@ -119,15 +120,24 @@ fn peers(peers: &[pb::PeerStatus], now: i64, wide: bool) -> Table {
                 path,
                 handshake,
                 time,
+                loss(peer),
                 size(peer.rx_bytes),
                 size(peer.tx_bytes),
                 lease,
             ]);
         } else {
-            table.row([name, ipv4, path, handshake, time, lease]);
+            table.row([name, ipv4, path, handshake, time, loss(peer), lease]);
         }
     }
     table
+}
+
+/// Of the last probes through the tunnel, in whole per cent, rounded up: one that was lost shows.
+fn loss(peer: &pb::PeerStatus) -> String {
+    match peer.probes {
+        0 => "-".to_owned(),
+        probes => format!("{}%", (peer.probes_lost * 100).div_ceil(probes)),
+    }
 }
 
 fn document(status: &pb::NodeStatus) -> Value {
@@ -137,7 +147,8 @@ fn document(status: &pb::NodeStatus) -> Value {
             "lastHandshake": rfc3339(peer.last_handshake), "rttMicros": peer.rtt_us, "leaseEnds": rfc3339(peer.lease_ends),
             "rxBytes": peer.rx_bytes, "txBytes": peer.tx_bytes, "tags": peer.tags,
             "wireguardPublicKey": STANDARD.encode(&peer.wireguard_public_key), "inbound": peer.inbound,
-            "outbound": peer.outbound,
+            "outbound": peer.outbound, "endpoint": peer.endpoint, "probes": peer.probes,
+            "probesLost": peer.probes_lost,
         })
     };
     json!({
@@ -169,6 +180,8 @@ mod tests {
             last_handshake: NOW - back,
             rtt_us,
             lease_ends: NOW + lease * 3600,
+            probes: if rtt_us == 900 { 30 } else { 0 },
+            probes_lost: 1,
             ..pb::PeerStatus::default()
         };
         let status = pb::NodeStatus {
@@ -192,9 +205,9 @@ mod tests {
         let text = anstream::adapter::strip_str(&lines(&status, NOW, false).join("\n")).to_string();
         insta::assert_snapshot!(text, @r"
         web-1   100.64.0.11 fd5e:…::b   controller ctl-1 ok 12ms   userspace, offloads tso+uso+gso+gro   cert 60h (renews 12h)
-        PEER  MESH IP      PATH                     HANDSHAKE  RTT    LEASE
-        db-1  100.64.0.21  direct 192.0.2.21:51820  41s ago    0.9ms  65h
-        db-2  100.64.0.22  none                     12s ago    31ms   31h
+        PEER  MESH IP      PATH                     HANDSHAKE  RTT    LOSS  LEASE
+        db-1  100.64.0.21  direct 192.0.2.21:51820  41s ago    0.9ms  4%    65h
+        db-2  100.64.0.22  none                     12s ago    31ms   -     31h
         ");
     }
 

@@ -26,12 +26,7 @@ pub(crate) fn echo(
     sequence: u16,
     timeout: Duration,
 ) -> std::io::Result<Option<Duration>> {
-    let (domain, protocol) = match target {
-        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
-        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
-    };
-    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
-    socket.bind(&SocketAddr::new(source, 0).into())?;
+    let socket = open(source)?;
     // A connected raw socket receives from its target only.
     socket.connect(&SocketAddr::new(target, 0).into())?;
     let identifier = u16::from_be_bytes(mesh_runtime::random_bytes());
@@ -44,7 +39,7 @@ pub(crate) fn echo(
         };
         socket.set_read_timeout(Some(left))?;
         match (&socket).read(&mut buffer) {
-            Ok(length) if is_reply(target, &buffer[..length], identifier, sequence) => {
+            Ok(length) if reply_to(target, &buffer[..length], identifier) == Some(sequence) => {
                 return Ok(Some(began.elapsed()));
             }
             Ok(_) => {}
@@ -58,7 +53,22 @@ pub(crate) fn echo(
     }
 }
 
-fn request(target: IpAddr, identifier: u16, sequence: u16) -> Vec<u8> {
+/// A raw socket that speaks from `source`.
+///
+/// # Errors
+/// No right to open one, or `source` is not ours.
+pub(crate) fn open(source: IpAddr) -> std::io::Result<Socket> {
+    let (domain, protocol) = match source {
+        IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
+        IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
+    };
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    Ok(socket)
+}
+
+/// An echo request, as it is handed to the socket.
+pub(crate) fn request(target: IpAddr, identifier: u16, sequence: u16) -> Vec<u8> {
     let mut packet = vec![0; HEADER_BYTES + PAYLOAD_BYTES];
     packet[0] = if target.is_ipv4() { ECHO_REQUEST_V4 } else { ECHO_REQUEST_V6 };
     packet[4..6].copy_from_slice(&identifier.to_be_bytes());
@@ -71,7 +81,9 @@ fn request(target: IpAddr, identifier: u16, sequence: u16) -> Vec<u8> {
     packet
 }
 
-fn is_reply(target: IpAddr, packet: &[u8], identifier: u16, sequence: u16) -> bool {
+/// The sequence number that `packet`, as the socket hands it over, is the reply to; `None` if it is something
+/// else, or for somebody else.
+pub(crate) fn reply_to(target: IpAddr, packet: &[u8], identifier: u16) -> Option<u16> {
     let (kind, body) = match target {
         // A raw IPv4 socket hands over the IP header too; its length is in the low half of the first byte.
         IpAddr::V4(_) => {
@@ -80,10 +92,8 @@ fn is_reply(target: IpAddr, packet: &[u8], identifier: u16, sequence: u16) -> bo
         }
         IpAddr::V6(_) => (ECHO_REPLY_V6, packet),
     };
-    body.len() >= HEADER_BYTES
-        && body[0] == kind
-        && body[4..6] == identifier.to_be_bytes()
-        && body[6..8] == sequence.to_be_bytes()
+    let ours = body.len() >= HEADER_BYTES && body[0] == kind && body[4..6] == identifier.to_be_bytes();
+    ours.then(|| u16::from_be_bytes([body[6], body[7]]))
 }
 
 /// The Internet checksum, RFC 1071.
@@ -109,11 +119,11 @@ mod tests {
         assert_eq!(checksum(&packet), 0, "a packet with its checksum sums to zero");
         let mut reply = vec![0x45; 20];
         reply.extend_from_slice(&packet);
-        assert!(!is_reply(target, &reply, 0xbeef, 3), "our own request is no reply");
+        assert_eq!(reply_to(target, &reply, 0xbeef), None, "our own request is no reply");
         reply[20] = ECHO_REPLY_V4;
-        assert!(is_reply(target, &reply, 0xbeef, 3));
-        assert!(!is_reply(target, &reply, 0xbeef, 4));
-        assert!(!is_reply(target, &reply[..24], 0xbeef, 3));
-        assert!(!is_reply(target, &[], 0xbeef, 3));
+        assert_eq!(reply_to(target, &reply, 0xbeef), Some(3));
+        assert_eq!(reply_to(target, &reply, 0xbeee), None);
+        assert_eq!(reply_to(target, &reply[..24], 0xbeef), None);
+        assert_eq!(reply_to(target, &[], 0xbeef), None);
     }
 }

@@ -1,5 +1,6 @@
 //! `Local.Status`.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_core::endpoints::relayed_peer;
@@ -49,12 +50,21 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
 }
 
 /// How a peer is reached: `direct ADDR`, `relay CONTROLLER` or `none`.
-pub(super) fn path(peer: &PeerView, controller: &str) -> String {
-    match peer.endpoint.filter(|_| peer.has_session) {
-        Some(endpoint) if relayed_peer(endpoint).is_some() => format!("relay {controller}"),
-        Some(endpoint) => format!("direct {endpoint}"),
-        None => "none".to_owned(),
+fn path(peer: &PeerView, controller: &str) -> String {
+    peer.endpoint.filter(|_| peer.has_session).map_or_else(|| "none".to_owned(), |to| way(to, controller))
+}
+
+/// The way to an endpoint: `direct ADDR` or `relay CONTROLLER`.
+pub(super) fn way(endpoint: SocketAddr, controller: &str) -> String {
+    match relayed_peer(endpoint) {
+        Some(_) => format!("relay {controller}"),
+        None => format!("direct {endpoint}"),
     }
+}
+
+/// Where a peer's packets go on the underlay; `None` for a relayed one, whose endpoint stands for the relay.
+pub(super) fn underlay(peer: &PeerView) -> Option<SocketAddr> {
+    peer.endpoint.filter(|endpoint| relayed_peer(*endpoint).is_none())
 }
 
 fn peer_status(peer: &PeerView, controller: &str, now: i64) -> pb::PeerStatus {
@@ -74,6 +84,9 @@ fn peer_status(peer: &PeerView, controller: &str, now: i64) -> pb::PeerStatus {
         wireguard_public_key: peer.wireguard_key.to_vec().into(),
         inbound: peer.inbound,
         outbound: peer.outbound,
+        endpoint: underlay(peer).map(|endpoint| endpoint.to_string()).unwrap_or_default(),
+        probes: peer.quality.probes,
+        probes_lost: peer.quality.lost,
     }
 }
 

@@ -4,6 +4,7 @@ mod backend;
 mod endpoints;
 mod lease;
 mod overlay;
+mod probe;
 mod status;
 mod stored;
 mod underlay;
@@ -20,6 +21,7 @@ use crate::identity::Active;
 use crate::limits::COMMAND_QUEUE;
 use crate::roster::RosterError;
 
+pub(crate) use probe::Quality;
 pub(crate) use status::{Inspection, NetworkStatus, PeerView};
 pub(crate) use underlay::{Underlay, UnderlayNews};
 pub(crate) use worker::{Setup, Worker};
@@ -37,6 +39,8 @@ pub(crate) enum Command {
     Hints(pb::Hints),
     Underlay(UnderlayNews),
     Rekey(Arc<Active>),
+    /// Sends the peer a handshake now.
+    Greet(u32),
     Knowledge(oneshot::Sender<Knowledge>),
     Status(oneshot::Sender<NetworkStatus>),
     Inspect(oneshot::Sender<Inspection>),
@@ -179,6 +183,10 @@ impl NetworkHandle {
 
     pub(crate) async fn rekey(&self, active: Arc<Active>) -> Result<(), Gone> {
         self.commands.send(Command::Rekey(active)).await.map_err(|_| Gone)
+    }
+
+    pub(crate) async fn greet(&self, peer: u32) -> Result<(), Gone> {
+        self.commands.send(Command::Greet(peer)).await.map_err(|_| Gone)
     }
 
     pub(crate) async fn knowledge(&self) -> Result<Knowledge, Gone> {

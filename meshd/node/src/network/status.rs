@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use time::UtcDateTime;
 
+use super::Quality;
+
 /// A snapshot of what the network task knows.
 #[derive(Debug, Clone)]
 pub(crate) struct NetworkStatus {
@@ -24,6 +26,7 @@ pub(crate) struct NetworkStatus {
 /// One peer as it stands.
 #[derive(Debug, Clone)]
 pub(crate) struct PeerView {
+    pub(crate) id: u32,
     pub(crate) name: String,
     pub(crate) ipv4: Ipv4Addr,
     pub(crate) ipv6: Ipv6Addr,
@@ -33,7 +36,11 @@ pub(crate) struct PeerView {
     /// Time since the last handshake.
     pub(crate) last_handshake: Option<Duration>,
     pub(crate) has_session: bool,
+    /// Of probes through the tunnel; before the first of them, of the last handshake that we began.
     pub(crate) rtt: Option<Duration>,
+    /// Of the last handshake that we began.
+    pub(crate) handshake_rtt: Option<Duration>,
+    pub(crate) quality: Quality,
     pub(crate) lease_ends: UtcDateTime,
     pub(crate) rx_bytes: u64,
     pub(crate) tx_bytes: u64,

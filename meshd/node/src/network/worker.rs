@@ -18,7 +18,7 @@ use mesh_core::endpoints::Overlay;
 use mesh_core::peer_table::{PeerTable, Probing};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Backend, BackendKind, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{Backend, BackendKind, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
 use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
@@ -27,6 +27,7 @@ use rotation::{OwnChange, PeerKeys};
 
 use super::lease::Leases;
 use super::overlay;
+use super::probe::Prober;
 use super::stored::{stored_endpoints, stored_roster};
 use super::{Belief, Command, NetworkHandle, Outlets, UnderlayNews, wire};
 use crate::clock::ControllerClock;
@@ -88,6 +89,7 @@ pub(crate) struct Worker {
     ids: BTreeMap<[u8; 32], u32>,
     /// Under which of their keys they are in the tunnel, by id.
     keys: BTreeMap<u32, PeerKeys>,
+    prober: Prober,
     /// Our own change of keys, while both are in use.
     own_change: Option<OwnChange>,
     /// The table as it was last applied.
@@ -142,6 +144,7 @@ impl Worker {
         let (firewall, mark) = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
         let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config, backend).await?.into();
         overlay::address(&host, tunnel.name(), &place, &findings).await?;
+        let prober = Prober::start(place.ipv4, clock.clone());
         let events = forward_events(tunnel.as_ref());
         let belief = Belief { anchors: trust.anchors(), revocation: trust.revocation() };
         let (handle, inbox, outlets) = wire(belief);
@@ -172,6 +175,7 @@ impl Worker {
             current: BTreeMap::new(),
             ids: BTreeMap::new(),
             keys: BTreeMap::new(),
+            prober,
             own_change: None,
             firewall,
             mark,
@@ -263,10 +267,16 @@ impl Worker {
             Command::Hints(hints) => self.take_hints(hints),
             Command::Underlay(news) => self.take_underlay(news).await,
             Command::Rekey(active) => self.rekey(&active),
+            Command::Greet(id) => {
+                if let Some(keys) = self.keys.get(&id) {
+                    self.tunnel.initiate_handshake(&PublicKey(keys.in_use));
+                }
+            }
             Command::Knowledge(reply) => {
                 let _ = reply.send(self.knowledge());
             }
             Command::Status(reply) => {
+                self.measure_paths();
                 let _ = reply.send(self.status());
             }
             Command::Inspect(reply) => {
@@ -296,6 +306,7 @@ impl Worker {
         self.publish_seen();
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
+        self.measure_paths();
         self.save_again();
         self.save_endpoints();
     }

@@ -1,6 +1,6 @@
 //! What the task tells of itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_tunnel::PeerStats;
 
@@ -33,7 +33,9 @@ impl Worker {
                 add(merged, beside);
             }
             let stats = merged.as_ref();
+            let quality = self.prober.quality(peer.leaf.ipv4).unwrap_or_default();
             PeerView {
+                id: *id,
                 name: peer.leaf.name.clone(),
                 ipv4: peer.leaf.ipv4,
                 ipv6: peer.leaf.ipv6,
@@ -42,7 +44,9 @@ impl Worker {
                 candidates: self.candidates_of(*id),
                 last_handshake: stats.and_then(|stats| stats.last_handshake),
                 has_session: stats.is_some_and(|stats| stats.has_session),
-                rtt: stats.and_then(|stats| stats.rtt),
+                rtt: quality.rtt.or(stats.and_then(|stats| stats.rtt)),
+                handshake_rtt: stats.and_then(|stats| stats.rtt),
+                quality,
                 lease_ends: peer.leaf.chain_not_after,
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
@@ -63,6 +67,19 @@ impl Worker {
             firewall_ready: self.firewall.is_some(),
             tags: self.roster.own().tags.clone(),
         }
+    }
+
+    /// Has the peers probed that have a session.
+    pub(super) fn measure_paths(&self) {
+        let live: BTreeSet<[u8; 32]> = (self.tunnel.peers().into_iter())
+            .chain(self.tunnel.peers_of_next_key())
+            .filter(|peer| peer.has_session)
+            .map(|peer| peer.public_key.0)
+            .collect();
+        let has_session =
+            |id: &u32| self.keys.get(id).is_some_and(|keys| keys.all().any(|key| live.contains(&key)));
+        let peers = self.current.iter().filter(|(id, _)| has_session(id));
+        self.prober.set_peers(peers.map(|(_, peer)| peer.leaf.ipv4).collect());
     }
 
     pub(super) async fn inspect(&self) -> Inspection {
