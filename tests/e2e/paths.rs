@@ -155,6 +155,10 @@ fn every_pair_of_networks_is_joined_by_its_best_path() {
 
         // The firewall opens: the relay gives way, at both ends, and nothing is lost on the way.
         assert!(path(&fleet, "b1", "o1").starts_with("relay "));
+        let walk = fleet.meshctl("b1", &["ping", "o1", "-c1", "-o", "json"]).ok().json();
+        let underlay = &walk["replies"][0];
+        assert_eq!(underlay["detail"], path(&fleet, "b1", "o1"), "{walk}");
+        assert_eq!(underlay["address"], "", "no address stands for the relay: {walk}");
         let mut ping = fleet.command("b1", "ping", &["-n", "-i0.1", "-w60", &addresses[0].to_string()]);
         ping.arg("-q");
         fleet.processes.spawn("ping", ping).unwrap();
