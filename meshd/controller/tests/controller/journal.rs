@@ -84,7 +84,7 @@ async fn the_audit_log_names_who_did_what_and_is_verified() {
     let mut audit = AuditClient::new(running.local().await);
     let follow = pb::AuditLogRequest { follow: true, limit: 1, ..Default::default() };
     let mut stream = audit.log(follow).await.unwrap().into_inner();
-    assert_eq!(stream.message().await.unwrap().unwrap(), entries[5]);
+    assert_eq!(stream.message().await.unwrap().unwrap(), entries[6]);
     running.plain_token().await;
     let next = within(Duration::from_secs(5), "the next entry", stream.message()).await.unwrap().unwrap();
     assert_eq!(next.action, "token.create");
