@@ -13,6 +13,7 @@ use pb::certificates_client::CertificatesClient;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use x509_parser::prelude::FromDer as _;
 
+use crate::documented;
 use crate::harness::{Identity, Mesh, Node, Running, operation};
 
 const BASE: &str = "http://pki.mesh.internal";
@@ -42,7 +43,7 @@ impl Files {
         let mut command = Command::new(program);
         command.args(args).current_dir(self.folder.path());
         let output = tokio::task::spawn_blocking(move || command.output().expect(program)).await.unwrap();
-        let text = [output.stdout, output.stderr].concat();
+        let text = [output.stderr, output.stdout].concat();
         (output.status.success(), String::from_utf8_lossy(&text).into_owned())
     }
 
@@ -98,16 +99,16 @@ async fn openssl_and_gnutls_believe_the_delegate() {
     let alpha = running.enroll("alpha").await;
     let files = Files::new(&alpha, mesh.web()[0]);
     let service = running.service(&alpha, "web.alpha.mesh.internal", "peer").await;
-    let leaf = files.write("leaf.pem", &service.leaf);
+    let leaf = files.write("cert.pem", &service.leaf);
 
     // The certificate says where to ask.
-    let (_, text) = files.run("openssl", &["x509", "-in", "leaf.pem", "-noout", "-ocsp_uri"]).await;
+    let (_, text) = files.run("openssl", &["x509", "-in", "cert.pem", "-noout", "-ocsp_uri"]).await;
     assert_eq!(text.trim(), format!("{BASE}/ocsp"));
     for hash in ["-sha1", "-sha256"] {
         for nonce in ["-nonce", "-no_nonce"] {
             let said = files.openssl(&leaf, &[hash, nonce]).await;
             assert!(
-                said.contains("Response verify OK") && said.contains("leaf.pem: good"),
+                said.contains("Response verify OK") && said.contains("cert.pem: good"),
                 "{hash} {nonce}: {said}"
             );
             assert!(!said.contains("WARNING"), "{said}");
@@ -118,7 +119,7 @@ async fn openssl_and_gnutls_believe_the_delegate() {
     let gnutls = [
         ask.as_str(),
         "--load-cert",
-        "leaf.pem",
+        "cert.pem",
         "--load-issuer",
         "issuer.pem",
         "--load-trust",
@@ -131,8 +132,10 @@ async fn openssl_and_gnutls_believe_the_delegate() {
     revoke(&running, &serial(&service)).await;
     for nonce in ["-nonce", "-no_nonce"] {
         let said = files.openssl(&leaf, &[nonce]).await;
-        assert!(said.contains("leaf.pem: revoked") && said.contains("Reason: keyCompromise"), "{said}");
-        assert!(said.contains("Response verify OK"), "{said}");
+        assert!(said.contains("cert.pem: revoked") && said.contains("Reason: keyCompromise"), "{said}");
+        let shown =
+            said.replace(&files.folder.path().display().to_string(), "").replace("/cert.pem", "cert.pem");
+        documented::shown("openssl ocsp", &shown);
     }
     let (_, said) = files.run("ocsptool", &gnutls).await;
     assert!(said.contains("Certificate Status: revoked"), "{said}");

@@ -13,6 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer as _;
 
+use crate::documented;
 use crate::harness::{Identity, Mesh, Node, Running, SyncStream, operation, within};
 
 const BASE: &str = "http://pki.mesh.internal/mesh";
@@ -107,6 +108,12 @@ async fn curl_fetches_what_certificates_point_to_and_nothing_else() {
     let url = pointer(&alpha.identity.leaf).unwrap();
     let issuer = &alpha.enrolled.issuers[0];
     assert!(url.starts_with(BASE), "{url}");
+    let mut command = Command::new("curl");
+    command.args(["-si", "--max-time", "20"]).arg(format!("http://{}{}", web[0], path_of(&url)));
+    let output =
+        tokio::task::spawn_blocking(move || command.output().expect("curl is installed")).await.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    documented::shown("curl -si", &text.lines().take(8).collect::<Vec<_>>().join("\n"));
     for address in &web {
         for path in [path_of(&url), path_of(&url).strip_prefix("/mesh").unwrap()] {
             let answer = curl(*address, path, &[]).await;
