@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use der::Decode as _;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 use time::UtcDateTime;
 
@@ -202,6 +203,14 @@ impl RevocationLists {
         }
         Ok(Self { crls: parsed, expired })
     }
+
+    /// Whether a CRL for everything that the CA `name` (a DER Name) has issued is here. webpki then goes by it.
+    fn cover(&self, name: &[u8]) -> bool {
+        // webpki keeps a name without its outer tag and length.
+        let Ok(name) = der::asn1::AnyRef::from_der(name) else { return false };
+        let all = |crl: &webpki::CertRevocationList<'_>| crl.issuing_distribution_point().is_none();
+        self.crls.iter().any(|crl| crl.issuer() == name.value() && all(crl))
+    }
 }
 
 impl fmt::Debug for RevocationLists {
@@ -225,6 +234,9 @@ pub struct Verified {
 /// profile of this mesh, and is on no CRL.
 ///
 /// Without `revocation` nothing is checked for revocation: right only where the caller asks the journal instead.
+///
+/// A leaf with noRevAvail (RFC 9608 §4) needs no CRL that covers it, and is refused all the same by one that lists it. The
+/// CAs above need theirs, here one without an issuing distribution point.
 pub fn verify_chain(
     leaf: &[u8],
     intermediates: &[CertificateDer<'_>],
@@ -246,8 +258,12 @@ pub fn verify_chain(
                 ExpiredCrl::Refuse => webpki::ExpirationPolicy::Enforce,
                 ExpiredCrl::Accept => webpki::ExpirationPolicy::Ignore,
             };
+            let unknown = match verified.no_rev_avail {
+                true => webpki::UnknownStatusPolicy::Allow,
+                false => webpki::UnknownStatusPolicy::Deny,
+            };
             let builder = webpki::RevocationOptionsBuilder::new(&crls).map_err(|_| ChainError::Crls)?;
-            Some(builder.with_expiration_policy(policy).build())
+            Some(builder.with_expiration_policy(policy).with_status_policy(unknown).build())
         }
     };
     let path = entity.verify_for_usage(
@@ -274,6 +290,10 @@ pub fn verify_chain(
         let der = intermediate.der();
         let parsed = parse_certificate(&der).ok_or(ChainError::UnknownIssuer)?;
         verified.chain_not_after = verified.chain_not_after.min(from_asn1(parsed.validity().not_after));
+        // webpki was told to let an unknown status pass, and knows no difference between leaf and CA.
+        if verified.no_rev_avail && revocation.is_some_and(|lists| !lists.cover(parsed.issuer().as_raw())) {
+            return Err(ChainError::RevocationUnknown);
+        }
         if issuer_key_id.is_none() {
             let extensions = read_extensions(&parsed).map_err(|_| ChainError::IssuerKeyId)?;
             issuer_key_id = Some(extensions.subject_key_id.ok_or(ChainError::IssuerKeyId)?);

@@ -231,7 +231,8 @@ pub enum SubjectKey<'a> {
 }
 
 impl SubjectKey<'_> {
-    fn public_key(&self) -> &PublicKey {
+    /// The key itself.
+    pub fn public_key(&self) -> &PublicKey {
         match self {
             Self::Csr(csr) => csr.public_key(),
             Self::Own(key) => key.public_key(),

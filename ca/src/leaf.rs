@@ -8,6 +8,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer as _;
 
+use crate::extension::NO_REV_AVAIL;
 use crate::identity::{DnsName, Identity, NameError, TrustDomain};
 use crate::instant::from_asn1;
 use crate::key::{KeyError, PublicKey};
@@ -89,6 +90,8 @@ pub struct VerifiedLeaf {
     pub not_after: UtcDateTime,
     /// SHA-256 of the DER SubjectPublicKeyInfo.
     pub key_hash: [u8; 32],
+    /// Nobody tells of its revocation, and it says so (RFC 9608); service profiles only.
+    pub no_rev_avail: bool,
     /// The earliest notAfter of leaf, intermediates and root: the end of the lease.
     pub chain_not_after: UtcDateTime,
 }
@@ -139,6 +142,7 @@ pub(crate) struct Extensions {
     pub(crate) ips: Vec<IpAddr>,
     pub(crate) uris: Vec<String>,
     pub(crate) wireguard_keys: Vec<[u8; 32]>,
+    pub(crate) no_rev_avail: bool,
 }
 
 pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Extensions, ClassifyError> {
@@ -180,6 +184,7 @@ pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Exten
             ParsedExtension::SubjectAlternativeName(san) => {
                 san.general_names.iter().try_for_each(|name| read_name(name, &mut found))?;
             }
+            _ if oid() == NO_REV_AVAIL => found.no_rev_avail = true,
             _ if oid() == WIREGUARD_KEYS_OID_TEXT => {
                 found.wireguard_keys =
                     wireguard::decode(extension.value).map_err(ClassifyError::WireguardKeys)?;
@@ -219,6 +224,8 @@ fn profile_of(extensions: &Extensions, identity: Option<&Identity>) -> Option<Pr
             && !extensions.other_purposes
             && (!extensions.extra_purposes || matches!(profile, Profile::Server | Profile::Client))
             && (*profile == Profile::Node) != extensions.wireguard_keys.is_empty()
+            && (!extensions.no_rev_avail
+                || matches!(profile, Profile::Server | Profile::Client | Profile::Peer))
             && (profile.permits_host_names() || (extensions.dns.is_empty() && extensions.ips.is_empty()))
     })
 }
@@ -250,6 +257,7 @@ pub(crate) fn read_leaf(der: &[u8], domain: &TrustDomain) -> Result<VerifiedLeaf
         not_before: from_asn1(certificate.validity().not_before),
         not_after,
         key_hash: key.key_hash(),
+        no_rev_avail: extensions.no_rev_avail,
         chain_not_after: not_after,
     })
 }

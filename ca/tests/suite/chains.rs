@@ -373,3 +373,64 @@ fn two_roots_are_trusted_side_by_side() {
         assert!(verified.is_ok());
     }
 }
+
+/// RFC 9608 §4: no CRL is asked for a leaf with noRevAvail; the CAs above it still need theirs, and a CRL that lists the
+/// leaf counts.
+#[test]
+pub(crate) fn a_short_lived_leaf_needs_no_crl_of_its_own() {
+    let authority = Authority::new();
+    let short = LeafTemplate { no_rev_avail: true, ..Authority::template(Profile::Server) };
+    let leaf = authority.issue(&short).issued;
+    let plain = authority.leaf(Profile::Server).issued;
+    let [issuing, root]: [Vec<u8>; 2] = authority.crls(&[]).try_into().unwrap();
+    let [listing, _]: [Vec<u8>; 2] = authority.crls(&[leaf.serial]).try_into().unwrap();
+    let ask = |leaf: &[u8], crls: &[&Vec<u8>]| {
+        let lists = RevocationLists::new(crls, ExpiredCrl::Refuse).unwrap();
+        let (chain, anchors) = (authority.intermediates(), authority.anchors());
+        verify_chain(leaf, &chain, &anchors, NOW, Usage::Server, Some(&lists)).map(|leaf| leaf.no_rev_avail)
+    };
+    assert_eq!(ask(&leaf.der, &[&root]), Ok(true));
+    assert_eq!(ask(&plain.der, &[&root]), Err(ChainError::RevocationUnknown), "only what says so");
+    assert_eq!(ask(&leaf.der, &[&issuing, &root]), Ok(true));
+    assert_eq!(ask(&leaf.der, &[&listing, &root]), Err(ChainError::Revoked));
+    assert_eq!(ask(&leaf.der, &[&issuing]), Err(ChainError::RevocationUnknown), "the CA above needs its CRL");
+    let other = Authority::new().crls(&[]).remove(1);
+    let foreign = ask(&leaf.der, &[&other]);
+    assert!(foreign.is_err(), "a CRL of an equal name and another key: {foreign:?}");
+    let [_, revoked]: [Vec<u8>; 2] = {
+        let entry = RevokedEntry {
+            serial: x509_serial(authority.issuing.certificate_der()),
+            revoked_at: NOW,
+            reason: RevocationReason::CaCompromise,
+        };
+        let plan = CrlPlan::new(2, NOW, ROOT_CRL_LIFETIME, std::slice::from_ref(&entry));
+        [issuing.clone(), build_crl(&authority.root, &authority.store, &plan).unwrap()]
+    };
+    assert_eq!(ask(&leaf.der, &[&revoked]), Err(ChainError::Revoked), "with its CA");
+}
+
+/// noRevAvail never takes an identity out of reach of revocation.
+#[test]
+fn an_identity_with_no_rev_avail_is_refused() {
+    let authority = Authority::new();
+    let no_rev_avail = rcgen::CustomExtension::from_oid_content(&[2, 5, 29, 56], vec![5, 0]);
+    let keys = [&[0x30, 34, 4, 32][..], &[7; 32]].concat();
+    for (uri, fits) in [("node/web-1", false), ("operator/anna", false), ("service/web-1/shop", true)] {
+        let mut params = Authority::raw_params(&[&format!("spiffe://mesh.internal/{uri}")]);
+        if uri.starts_with("operator") {
+            params.subject_alt_names.retain(|name| matches!(name, rcgen::SanType::URI(_)));
+        }
+        if uri.starts_with("node") {
+            let content = rcgen::CustomExtension::from_oid_content(&WIREGUARD_KEYS_OID, keys.clone());
+            params.custom_extensions.push(content);
+        }
+        let verify = |params: &rcgen::CertificateParams| {
+            let der = authority.sign_raw(params, &LeafKey::generate().unwrap());
+            authority.verify(&der, Usage::Any).map(|leaf| leaf.no_rev_avail)
+        };
+        assert_eq!(verify(&params), Ok(false), "{uri}");
+        params.custom_extensions.push(no_rev_avail.clone());
+        let refused = Err(ChainError::Leaf(ClassifyError::NoProfile));
+        assert_eq!(verify(&params), if fits { Ok(true) } else { refused }, "{uri}");
+    }
+}

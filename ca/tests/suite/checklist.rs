@@ -105,7 +105,14 @@ const LINES: &[Line] = &[
             hierarchy::an_issuing_ca_certificate_says_where_the_roots_crl_is,
         ],
     ),
-    (18, "noRevAvail without pointers", &[specs::a_short_lived_profile_carries_no_rev_avail_and_no_pointers]),
+    (
+        18,
+        "noRevAvail without pointers",
+        &[
+            specs::a_short_lived_profile_carries_no_rev_avail_and_no_pointers,
+            chains::a_short_lived_leaf_needs_no_crl_of_its_own,
+        ],
+    ),
     (
         19,
         "key types and sizes; the CSR's signature",

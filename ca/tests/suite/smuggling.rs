@@ -122,12 +122,9 @@ fn confusable_names_are_no_names() {
     assert!(Label::parse(&"a".repeat(64)).is_err());
 }
 
-/// Whatever a CSR asks, the certificate is the profile's, field by field.
-#[test]
-fn a_certificate_is_its_profile_field_by_field() {
-    let authority = Authority::new();
-    let key = LeafKey::generate().unwrap();
-    let csr = request(&key, |p| {
+/// A CSR that asks to be the controller.
+pub(crate) fn greedy_csr(key: &LeafKey) -> VerifiedCsr {
+    request(key, |p| {
         p.distinguished_name.push(rcgen::DnType::CommonName, "controller.mesh.internal");
         p.distinguished_name.push(rcgen::DnType::OrganizationName, "system:masters");
         p.subject_alt_names = vec![
@@ -137,7 +134,15 @@ fn a_certificate_is_its_profile_field_by_field() {
         ];
         p.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     })
-    .unwrap();
+    .unwrap()
+}
+
+/// Whatever a CSR asks, the certificate is the profile's, field by field.
+#[test]
+fn a_certificate_is_its_profile_field_by_field() {
+    let authority = Authority::new();
+    let key = LeafKey::generate().unwrap();
+    let csr = greedy_csr(&key);
     for profile in Profile::ALL.into_iter().filter(|profile| *profile != Profile::Controller) {
         let template = Authority::template(profile);
         let serial = SerialNumber::random(&mut rng);
@@ -155,6 +160,7 @@ fn a_certificate_is_its_profile_field_by_field() {
             not_before: template.not_before,
             not_after: template.not_after,
             key_hash: key.key_hash(),
+            no_rev_avail: false,
             chain_not_after: template.not_after,
         };
         assert_eq!(leaf, expected, "{profile}");

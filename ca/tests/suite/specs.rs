@@ -198,3 +198,68 @@ pub(crate) fn a_short_lived_profile_carries_no_rev_avail_and_no_pointers() {
     assert!(parsed.extended_key_usage().unwrap().unwrap().value.server_auth);
     assert!(authority.verify(&leaf, Usage::Server).is_ok());
 }
+
+/// Whatever a CSR asks for, the certificate says what the profile and the request say: field by field.
+#[test]
+fn a_csr_adds_nothing_to_a_custom_profile() {
+    let authority = Authority::new();
+    let points = PublishingPoints::new(HttpUrl::parse("http://pki.mesh.internal").unwrap(), 8).unwrap();
+    let (node, service) = (label("web-1"), label("db"));
+    let (serial, key) =
+        (SerialNumber::random(&mut rng), LeafKey::generate_for(KeyAlgorithm::EcdsaP384).unwrap());
+    let csr = crate::smuggling::greedy_csr(&key);
+    let table = [
+        (ServiceKind::Server, RevocationForm::Pointers { crl: true, ocsp: false }, SubjectForm::CommonName),
+        (ServiceKind::Client, RevocationForm::Pointers { crl: false, ocsp: false }, SubjectForm::Empty),
+        (ServiceKind::Peer, RevocationForm::NoRevAvail, SubjectForm::Empty),
+    ];
+    for (kind, revocation, subject) in table {
+        let mut spec = spec(kind);
+        (spec.revocation, spec.subject, spec.keys) =
+            (revocation, subject, BTreeSet::from([KeyFamily::EcdsaP384]));
+        let profile = accept(spec).unwrap();
+        let request = SpecRequest {
+            owner: NameOwner { domain: authority.issuing.domain(), node: &node, addresses: &[] },
+            service: &service,
+            dns: vec![dns("db.mesh.internal")],
+            ips: Vec::new(),
+            lifetime: Some(DAY / 2),
+            now: NOW,
+            key: csr.public_key(),
+        };
+        let placement =
+            Placement { issuer: authority.issuing.key_identifier(), points: Some(&points), shard: 3 };
+        let template = profile.template(&request, placement).unwrap();
+        let issued = issue_leaf(&authority.issuing, &authority.store, &csr, &template, serial).unwrap();
+        let leaf = authority.verify(&issued.der, Usage::Any).unwrap();
+        let expected = VerifiedLeaf {
+            profile: kind.profile(),
+            identity: (kind == ServiceKind::Peer)
+                .then(|| Identity::Service { node: node.clone(), name: service.clone() }),
+            serial,
+            issuer_key_id: authority.issuing.key_identifier().clone(),
+            dns: vec![dns("db.mesh.internal")],
+            ips: Vec::new(),
+            wireguard_keys: Vec::new(),
+            not_before: NOW - CLOCK_SKEW_ALLOWANCE,
+            not_after: NOW + DAY / 2,
+            key_hash: key.key_hash(),
+            no_rev_avail: revocation == RevocationForm::NoRevAvail,
+            chain_not_after: NOW + DAY / 2,
+        };
+        assert_eq!(leaf, expected, "{kind}");
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issued.der).unwrap();
+        let names: Vec<_> = parsed.subject().iter_attributes().map(|a| a.as_str().unwrap()).collect();
+        let wanted: &[&str] = if subject == SubjectForm::Empty { &[] } else { &["db.mesh.internal"] };
+        assert_eq!(names, wanted, "{kind}");
+        let mut oids: Vec<_> = parsed.extensions().iter().map(|e| e.oid.to_id_string()).collect();
+        oids.sort();
+        let mut known = vec!["1.3.6.1.5.5.7.1.1", "2.5.29.14", "2.5.29.15", "2.5.29.17", "2.5.29.19"];
+        known.extend(
+            (revocation == RevocationForm::Pointers { crl: true, ocsp: false }).then_some("2.5.29.31"),
+        );
+        known.extend(["2.5.29.35", "2.5.29.37"]);
+        known.extend((revocation == RevocationForm::NoRevAvail).then_some("2.5.29.56"));
+        assert_eq!(oids, known, "{kind}");
+    }
+}
