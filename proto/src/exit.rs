@@ -104,14 +104,21 @@ impl ErrorCode {
             | C::NameOutsideDomain
             | C::NameNotGranted
             | C::KeyRevoked
+            | C::ProfileNotGiven
+            | C::NameOutsideProfile
+            | C::KeyOutsideProfile
+            | C::LifetimeOutsideProfile
+            | C::ServiceOutsideProfile
             | C::NodeRevoked => Exit::Denied,
             C::ControllerUnreachable
             | C::DaemonUnreachable
             | C::TimedOut
             | C::PeerUnreachable
+            | C::ProfileChanged
             | C::Overloaded => Exit::Unreachable,
             C::StateNotFound
             | C::TokenNotFound
+            | C::ProfileUnknown
             | C::CertificateNotFound
             | C::NodeNotFound
             | C::OperatorNotFound => Exit::NotFound,
