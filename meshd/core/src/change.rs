@@ -228,7 +228,11 @@ impl Change {
             }
             Change::PolicyApplied { policy, version, .. } => {
                 let (allow, grant) = (policy.allow.len(), policy.grant.len());
-                format!("policy version {version}: {allow} allow, {grant} grant")
+                let mut text = format!("policy version {version}: {allow} allow, {grant} grant");
+                if !policy.profile.is_empty() {
+                    let _ = write!(text, ", {} profiles", policy.profile.len());
+                }
+                text
             }
             Change::OperatorAdded { name, role, .. } => format!("operator {name} added, {role}"),
             Change::OperatorRemoved { name } => format!("operator {name} removed"),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::certificate::{CaRecord, CertificateRecord, Reason};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
 use crate::names::{DnsName, NodeName, OperatorName, Tag};
+use crate::profile::{KeyType, Profile};
 use crate::time::UtcTime;
 
 /// One command, who gives it, and an id that stays the same when it is repeated.
@@ -109,6 +110,14 @@ pub enum Which {
     KeyHash(KeyHash),
 }
 
+/// What a certificate under a custom profile was made from; it counts only while the policy still says the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    pub profile: Profile,
+    /// The type of the certified key.
+    pub key: KeyType,
+}
+
 /// Refusals of one kind, counted by the controller.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denial {
@@ -204,6 +213,8 @@ pub enum Command {
     IssueCertificate {
         certificate: CertificateRecord,
         restart: bool,
+        /// Under a custom profile: what it was made from.
+        made: Option<Box<Made>>,
     },
     RevokeCertificates {
         which: Which,

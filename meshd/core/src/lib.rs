@@ -21,6 +21,7 @@ pub mod refusal;
 pub mod addresses;
 pub mod auth;
 pub mod policy;
+pub mod profile;
 pub mod view;
 pub mod world;
 
@@ -33,9 +34,9 @@ pub mod stun;
 
 pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
 pub use change::{Change, Record};
-pub use command::{Actor, Command, CommandKind, Denial, Request, Role, Which};
+pub use command::{Actor, Command, CommandKind, Denial, Made, Request, Role, Which};
 pub use ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
-pub use names::{DnsName, NameError, NodeName, OperatorName, PairName, Tag};
+pub use names::{DnsName, NameError, NodeName, OperatorName, PairName, ProfileName, Tag};
 pub use policy::Policy;
 pub use refusal::Refusal;
 pub use time::UtcTime;

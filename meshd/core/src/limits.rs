@@ -42,6 +42,12 @@ pub const POLICY_BYTES_MAX: usize = 256 * 1024;
 pub const POLICY_RULES_MAX: usize = 2_000;
 /// Selectors or names in one list of the policy.
 pub const POLICY_LIST_MAX: usize = 512;
+/// Custom profiles of one policy.
+pub const PROFILES_MAX: usize = 32;
+/// `[[profile.NAME.names]]` tables of one profile.
+pub const PROFILE_RULES_MAX: usize = 64;
+/// Characters of a custom profile's name.
+pub const PROFILE_NAME_CHARS_MAX: usize = 32;
 /// Problems reported for one policy.
 pub const POLICY_PROBLEMS_MAX: usize = 50;
 /// Aggregated denials in one record.

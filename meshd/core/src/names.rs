@@ -5,7 +5,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{LABEL_CHARS_MAX, NAME_CHARS_MAX, OPERATOR_NAME_CHARS_MAX, TAG_CHARS_MAX};
+use crate::limits::{
+    LABEL_CHARS_MAX, NAME_CHARS_MAX, OPERATOR_NAME_CHARS_MAX, PROFILE_NAME_CHARS_MAX, TAG_CHARS_MAX,
+};
+
+/// Profiles that exist without a policy, and words that must not look like one: no custom profile takes their names.
+pub const PROFILES_BUILT_IN: [&str; 10] =
+    ["ca", "client", "controller", "issuing", "node", "ocsp", "operator", "peer", "root", "server"];
 
 /// Labels directly under the domain that no node and no grant may take: the mesh's own services, and
 /// names that browsers, resolvers and hosts give a meaning of their own.
@@ -142,6 +148,14 @@ name_type!(
     OperatorName, check_operator_name
 );
 name_type!(
+    /// Name of a custom profile: one DNS label of at most 32 characters that no built-in profile has.
+    ProfileName, check_profile_name
+);
+name_type!(
+    /// The last part of a service's SPIFFE ID: one DNS label.
+    ServiceName, check_label
+);
+name_type!(
     /// What a managed pair is called: its first host name or address, or a plain label for clients.
     PairName, check_pair_name
 );
@@ -153,6 +167,11 @@ impl DnsName {
             Some(head) => head.is_empty() || head.ends_with('.'),
             None => false,
         }
+    }
+
+    /// Whether this lies below `parent`, at any depth, and is not `parent` itself.
+    pub fn is_below(&self, parent: &DnsName) -> bool {
+        self.0.strip_suffix(parent.as_str()).is_some_and(|head| head.len() > 1 && head.ends_with('.'))
     }
 
     /// The label directly under `domain`: `web-1` of `api.web-1.mesh.internal`. `None` for the domain
@@ -221,6 +240,17 @@ fn check_label(label: &str) -> Result<(), NameError> {
     // RFC 5890 §2.3.1: "--" in third place marks encodings such as punycode, which look-alikes need.
     if label.get(2..4) == Some("--") {
         return Err(NameError::Encoded { label: label.to_owned() });
+    }
+    Ok(())
+}
+
+fn check_profile_name(text: &str) -> Result<(), NameError> {
+    check_label(text)?;
+    if text.len() > PROFILE_NAME_CHARS_MAX {
+        return Err(NameError::TooLong { length: text.len(), max: PROFILE_NAME_CHARS_MAX });
+    }
+    if PROFILES_BUILT_IN.contains(&text) {
+        return Err(NameError::Reserved { name: text.to_owned() });
     }
     Ok(())
 }

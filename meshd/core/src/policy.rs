@@ -8,17 +8,29 @@
 //! [[grant]]
 //! names = ["api.mesh.internal"]
 //! to = ["tag:web", "node:bravo"]
+//!
+//! [profile.database]              # a narrower kind of service certificate
+//! kind = "server"
+//! keys = ["ecdsa-p256", "ed25519"]
+//! lifetime = "24h"
+//! lifetime_max = "7d"
+//!
+//! [[profile.database.names]]
+//! to = ["tag:db"]
+//! exact = ["db.mesh.internal"]
+//! own = ["name", "addresses"]
 //! ```
 //! What no rule allows is denied.
 
-use std::collections::BTreeSet;
+mod reader;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use toml::{Table, Value};
 
-use crate::limits::{POLICY_BYTES_MAX, POLICY_LIST_MAX, POLICY_PROBLEMS_MAX, POLICY_RULES_MAX};
-use crate::names::{DnsName, NameError, NodeName, Tag};
+use crate::names::{DnsName, NameError, NodeName, ProfileName, Tag};
+use crate::profile::Profile;
 
 /// What a new mesh begins with.
 pub const STARTER_POLICY: &str = r#"# Who may open connections to whom. What no rule allows is denied.
@@ -46,6 +58,9 @@ to = ["*"]
 pub struct Policy {
     pub allow: Vec<Allow>,
     pub grant: Vec<Grant>,
+    /// Custom profiles.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub profile: BTreeMap<ProfileName, Profile>,
 }
 
 /// Nodes in `from` may open connections to nodes in `to`.
@@ -75,19 +90,10 @@ impl Policy {
     /// Parses `policy.toml`.
     ///
     /// # Errors
-    /// Every problem found, one line each, at most [`POLICY_PROBLEMS_MAX`]; never an empty list.
+    /// Every problem found, one line each, at most [`POLICY_PROBLEMS_MAX`](crate::limits::POLICY_PROBLEMS_MAX); never an
+    /// empty list.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
-        if text.len() > POLICY_BYTES_MAX {
-            return Err(vec![format!(
-                "the policy is {} bytes long, the most is {POLICY_BYTES_MAX}",
-                text.len()
-            )]);
-        }
-        let document: Table =
-            text.parse().map_err(|error: toml::de::Error| vec![one_line(&error.to_string())])?;
-        let mut reader = Reader::default();
-        let policy = reader.policy(&document);
-        if reader.problems.is_empty() { Ok(policy) } else { Err(reader.problems) }
+        reader::read(text)
     }
 
     /// Whether `from` may open connections to `to`.
@@ -101,14 +107,28 @@ impl Policy {
         grants.flat_map(|grant| &grant.names).collect()
     }
 
-    /// Whether any grant hands out `name`.
-    pub fn grants(&self, name: &DnsName) -> bool {
-        self.grant.iter().any(|grant| grant.names.contains(name))
+    /// The grant, from 0, that gives `name` to `node`.
+    pub fn granting(&self, node: Subject<'_>, name: &DnsName) -> Option<usize> {
+        self.grant.iter().position(|grant| grant.names.contains(name) && node.is_any_of(&grant.to))
     }
 
-    /// The first name that is granted and belongs to `label` under `domain`: the label itself or below it.
+    /// Whether any grant or profile hands out `name`.
+    pub fn grants(&self, name: &DnsName) -> bool {
+        let in_profile = || {
+            let mut rules = self.profile.values().flat_map(|profile| &profile.names);
+            rules.any(|rule| {
+                rule.exact.contains(name) || rule.below.iter().any(|parent| name.is_below(parent))
+            })
+        };
+        self.grant.iter().any(|grant| grant.names.contains(name)) || in_profile()
+    }
+
+    /// The first name that a grant or profile hands out and that belongs to `label` under `domain`: the label itself or
+    /// below it.
     pub fn granted_under<'a>(&'a self, label: &str, domain: &DnsName) -> Option<&'a DnsName> {
-        let mut names = self.grant.iter().flat_map(|grant| &grant.names);
+        let rules = self.profile.values().flat_map(|profile| &profile.names);
+        let in_profiles = rules.flat_map(|rule| rule.taken());
+        let mut names = self.grant.iter().flat_map(|grant| &grant.names).chain(in_profiles);
         names.find(|name| name.label_under(domain) == Some(label))
     }
 
@@ -122,7 +142,9 @@ impl Policy {
     /// Every selector in the policy.
     pub fn selectors(&self) -> impl Iterator<Item = &Selector> {
         let allow = self.allow.iter().flat_map(|rule| rule.from.iter().chain(&rule.to));
-        allow.chain(self.grant.iter().flat_map(|grant| &grant.to))
+        let rules = self.profile.values().flat_map(|profile| &profile.names);
+        let profiles = rules.flat_map(|rule| &rule.to);
+        allow.chain(self.grant.iter().flat_map(|grant| &grant.to)).chain(profiles)
     }
 }
 
@@ -153,7 +175,8 @@ pub struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    fn is_any_of(self, selectors: &[Selector]) -> bool {
+    /// Whether one of `selectors` chooses this node.
+    pub fn is_any_of(self, selectors: &[Selector]) -> bool {
         selectors.iter().any(|selector| match selector {
             Selector::Any => true,
             Selector::Tag(tag) => self.tags.contains(tag),
@@ -198,105 +221,10 @@ pub enum SelectorError {
     },
 }
 
-/// Walks the document and gathers every problem rather than the first.
-#[derive(Default)]
-struct Reader {
-    problems: Vec<String>,
-}
-
-impl Reader {
-    fn problem(&mut self, text: String) {
-        if self.problems.len() < POLICY_PROBLEMS_MAX {
-            self.problems.push(text);
-        }
-    }
-
-    fn policy(&mut self, document: &Table) -> Policy {
-        self.unknown_keys("", document, &["allow", "grant"]);
-        let mut policy = Policy::default();
-        for (at, rule) in self.tables(document, "allow") {
-            self.unknown_keys(&at, rule, &["from", "to"]);
-            let (from, to) = (self.selectors(&at, rule, "from"), self.selectors(&at, rule, "to"));
-            policy.allow.push(Allow { from, to });
-        }
-        for (at, rule) in self.tables(document, "grant") {
-            self.unknown_keys(&at, rule, &["names", "to"]);
-            let (names, to) = (self.list(&at, rule, "names"), self.selectors(&at, rule, "to"));
-            if to.contains(&Selector::Any) {
-                self.problem(format!("{at}.to: a name is granted to tags or nodes, not to \"*\""));
-            }
-            policy.grant.push(Grant { names, to });
-        }
-        policy
-    }
-
-    fn unknown_keys(&mut self, at: &str, table: &Table, known: &[&str]) {
-        for key in table.keys().filter(|key| !known.contains(&key.as_str())) {
-            let place = if at.is_empty() { "" } else { ": " };
-            self.problem(format!("{at}{place}unknown key {key:?}, known are {}", known.join(", ")));
-        }
-    }
-
-    fn tables<'a>(&mut self, document: &'a Table, key: &str) -> Vec<(String, &'a Table)> {
-        let Some(value) = document.get(key) else { return Vec::new() };
-        let Value::Array(items) = value else {
-            self.problem(format!("{key}: write [[{key}]]"));
-            return Vec::new();
-        };
-        if items.len() > POLICY_RULES_MAX {
-            self.problem(format!("{key}: {} rules, the most is {POLICY_RULES_MAX}", items.len()));
-            return Vec::new();
-        }
-        let mut tables = Vec::new();
-        for (index, item) in items.iter().enumerate() {
-            match item {
-                Value::Table(table) => tables.push((format!("{key}[{index}]"), table)),
-                _ => self.problem(format!("{key}[{index}]: write [[{key}]]")),
-            }
-        }
-        tables
-    }
-
-    fn selectors(&mut self, at: &str, rule: &Table, key: &str) -> Vec<Selector> {
-        self.list(at, rule, key)
-    }
-
-    /// A list of at least one text, each of which `T` can read.
-    fn list<T: std::str::FromStr<Err: fmt::Display>>(&mut self, at: &str, rule: &Table, key: &str) -> Vec<T> {
-        let items = match rule.get(key) {
-            Some(Value::Array(items)) if !items.is_empty() => items,
-            Some(Value::Array(_)) | None => {
-                self.problem(format!("{at}: \"{key}\" is missing or empty"));
-                return Vec::new();
-            }
-            Some(_) => {
-                self.problem(format!("{at}.{key}: write a list of texts"));
-                return Vec::new();
-            }
-        };
-        if items.len() > POLICY_LIST_MAX {
-            self.problem(format!("{at}.{key}: {} entries, the most is {POLICY_LIST_MAX}", items.len()));
-            return Vec::new();
-        }
-        let mut list = Vec::new();
-        for (index, item) in items.iter().enumerate() {
-            match item.as_str().map(str::parse::<T>) {
-                Some(Ok(entry)) => list.push(entry),
-                Some(Err(error)) => self.problem(format!("{at}.{key}[{index}]: {error}")),
-                None => self.problem(format!("{at}.{key}[{index}]: not a text")),
-            }
-        }
-        list
-    }
-}
-
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{POLICY_BYTES_MAX, POLICY_PROBLEMS_MAX, POLICY_RULES_MAX};
 
     #[test]
     fn the_starter_policy_lets_all_reach_each_other_and_says_so() {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::certificate::Reason;
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
-use crate::names::{NameError, NodeName, OperatorName};
+use crate::names::{NameError, NodeName, OperatorName, ProfileName};
+use crate::profile::KeyType;
 
 /// Why [`World::decide`](crate::World::decide) refused. In every case nothing has changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -113,6 +114,24 @@ pub enum Refusal {
     CrlNumber { number: u64, last: u64 },
     #[error("CRL does not fit the journal: {what}")]
     CrlMismatch { what: &'static str },
+
+    // Custom profiles.
+    #[error("policy has no profile {profile}")]
+    ProfileUnknown { profile: String },
+    #[error("no rule of profile {profile} is for {who}")]
+    ProfileNotGiven { profile: ProfileName, who: String },
+    #[error("no rule of profile {profile} gives {name} to node {node}")]
+    NameOutsideProfile { profile: ProfileName, name: String, node: NodeName },
+    #[error("no rule of profile {profile} gives address {ip}")]
+    AddressOutsideProfile { profile: ProfileName, ip: IpAddr },
+    #[error("profile {profile} does not allow {key} keys")]
+    KeyOutsideProfile { profile: ProfileName, key: KeyType },
+    #[error("profile {profile} allows {} s at most, not {} s", .max.as_secs(), .asked.as_secs())]
+    LifetimeOutsideProfile { profile: ProfileName, asked: Duration, max: Duration },
+    #[error("no rule of profile {profile} gives the SPIFFE ID of service {service}")]
+    ServiceOutsideProfile { profile: ProfileName, service: String },
+    #[error("profile {profile} was changed while the certificate was made")]
+    ProfileChanged { profile: String },
 
     // Policy and operators.
     #[error("policy is invalid: {}", .problems.join("; "))]

@@ -8,6 +8,7 @@ mod decide;
 mod index;
 mod shards;
 mod state;
+mod wish;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,6 +20,7 @@ pub use self::decide::Decision;
 use self::index::Index;
 pub use self::shards::{Place, ShardGroup, crl_path, is_base_url};
 pub use self::state::*;
+pub use self::wish::{About, Asker, Verdict, Wish};
 use crate::addresses;
 use crate::certificate::{CaRecord, Owner};
 use crate::change::{Change, Record};

@@ -14,7 +14,6 @@ use crate::change::Change;
 use crate::command::{Actor, Command, CommandKind, Request};
 use crate::ids::{KeyHash, NodeId, WgKey};
 use crate::limits::{CERTIFICATE_BYTES_MAX, SANS_MAX};
-use crate::names::DnsName;
 use crate::refusal::Refusal;
 use crate::time::UtcTime;
 use crate::world::Mesh;
@@ -90,8 +89,8 @@ impl World {
             Command::LeaveNode { node } => self.decide_leave(now, actor, *node),
             Command::RenewIdentity { .. } => self.decide_renew(now, actor, command),
             Command::RotateKeys { node } => self.decide_rotate_keys(*node),
-            Command::IssueCertificate { certificate, restart } => {
-                self.decide_issue(now, actor, certificate, *restart)
+            Command::IssueCertificate { certificate, restart, made } => {
+                self.decide_issue(now, actor, certificate, *restart, made.as_deref())
             }
             Command::RevokeCertificates { which, reason } => {
                 self.decide_revoke_certificates(now, actor, which, *reason)
@@ -239,7 +238,7 @@ impl World {
     }
 
     /// How refusals and messages name an owner.
-    fn owner_label(&self, owner: &NameOwner) -> String {
+    pub(super) fn owner_label(&self, owner: &NameOwner) -> String {
         match owner {
             NameOwner::Reserved => "the mesh itself".to_owned(),
             NameOwner::Controller => "the controller".to_owned(),
@@ -254,20 +253,6 @@ impl World {
             NameOwner::Grant => "a grant of the policy".to_owned(),
             NameOwner::Detached(serial) => format!("certificate {serial}"),
         }
-    }
-}
-
-/// A name is inside the domain, below it, and not the mesh's own. Says who owns it.
-fn check_name(world: &World, mesh: &Mesh, name: &DnsName) -> Result<Option<NameOwner>, Refusal> {
-    if !name.is_within(&mesh.domain) {
-        let (name, domain) = (name.to_string(), mesh.domain.to_string());
-        return Err(Refusal::NameOutsideDomain { name, domain });
-    }
-    match world.owner_of_name(name) {
-        Some(NameOwner::Reserved | NameOwner::Controller) => {
-            Err(Refusal::NameReserved { name: name.to_string() })
-        }
-        owner => Ok(owner),
     }
 }
 

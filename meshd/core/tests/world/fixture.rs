@@ -283,11 +283,11 @@ pub(crate) fn tag_set(tags: &[&str]) -> BTreeSet<Tag> {
 }
 
 pub(crate) fn issue(certificate: &CertificateRecord) -> Command {
-    Command::IssueCertificate { certificate: certificate.clone(), restart: false }
+    Command::IssueCertificate { certificate: certificate.clone(), restart: false, made: None }
 }
 
 pub(crate) fn restart(certificate: &CertificateRecord) -> Command {
-    Command::IssueCertificate { certificate: certificate.clone(), restart: true }
+    Command::IssueCertificate { certificate: certificate.clone(), restart: true, made: None }
 }
 
 pub(crate) fn revoke_node(node: &Enrolled) -> Command {

@@ -226,7 +226,7 @@ impl Machine {
         let mut certificate = self.mesh.certificate(owner, "server", serial);
         certificate.key_hash = self.key(c);
         (certificate.names, certificate.pair_name) = (vec![name.as_str().try_into().unwrap()], name);
-        Some((actor, Command::IssueCertificate { certificate, restart: b.is_multiple_of(5) }))
+        Some((actor, Command::IssueCertificate { certificate, restart: b.is_multiple_of(5), made: None }))
     }
 
     fn revocation(&mut self, a: u8, b: u8, reason: Reason) -> Command {

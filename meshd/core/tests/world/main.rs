@@ -9,5 +9,6 @@ mod lifecycle;
 mod nodes;
 mod operators;
 mod policy;
+mod profiles;
 mod shards;
 mod view;

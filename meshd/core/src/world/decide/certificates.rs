@@ -1,17 +1,16 @@
 //! Certificates of services and of machines that are no nodes: issued, revoked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
-use super::{At, Decided, Decision, check_name};
+use super::{At, Decided, Decision};
 use crate::certificate::{CertificateRecord, Owner, PROFILE_CLIENT, PROFILES_SERVICE, Reason};
 use crate::change::Change;
-use crate::command::{Actor, CommandKind, Which};
+use crate::command::{Actor, CommandKind, Made, Which};
 use crate::ids::{KeyHash, NodeId, Serial};
 use crate::limits::CERTIFICATES_PER_NODE_MAX;
-use crate::names::{DnsName, PairName};
+use crate::names::{PairName, ProfileName};
 use crate::refusal::Refusal;
-use crate::world::{CertificateState, NameOwner, Node, NodeState, World};
+use crate::world::{Asker, CertificateState, Node, NodeState, Wish, World};
 
 impl World {
     pub(super) fn decide_issue(
@@ -20,9 +19,11 @@ impl World {
         actor: &Actor,
         certificate: &CertificateRecord,
         restart: bool,
+        made: Option<&Made>,
     ) -> Decided {
         self.check_certificate(now, certificate)?;
         check_service(certificate)?;
+        self.check_made(certificate, made)?;
         let owner = match actor {
             Actor::Node { id, .. } => Owner::Service { node: *id, name: certificate.pair_name.clone() },
             Actor::Operator { name, .. } => Owner::Detached { operator: Some(name.clone()) },
@@ -37,10 +38,12 @@ impl World {
         let mut changes = match owner.node() {
             Some(id) => {
                 let node = self.node(id).ok_or(Refusal::NodeNotFound { node: id })?;
-                self.check_service_of(now, node, certificate, restart)?
+                self.check_service_of(now, node, certificate, made)?;
+                self.resumed(node, certificate, restart)?
             }
             None => {
-                self.check_detached(now, certificate)?;
+                self.check_key(certificate.key_hash, |user| matches!(user, Owner::Detached { .. }))?;
+                self.check_wish(now, Asker::Detached, certificate, made)?;
                 Vec::new()
             }
         };
@@ -48,24 +51,20 @@ impl World {
         Ok(Decision::Changes(changes))
     }
 
-    /// A node's service may take the node's names, what lies below them, what policy grants, and the
-    /// node's own addresses. Says which stops end.
+    /// A node's service may take what its profile gives: under a built-in one the node's names, what lies below them,
+    /// what policy grants, and the node's own addresses.
     fn check_service_of(
         &self,
         now: At<'_>,
         node: &Node,
         certificate: &CertificateRecord,
-        restart: bool,
-    ) -> Result<Vec<Change>, Refusal> {
+        made: Option<&Made>,
+    ) -> Result<(), Refusal> {
         self.check_key(
             certificate.key_hash,
             |user| matches!(user, Owner::Service { node: owner, .. } if *owner == node.id),
         )?;
-        certificate.names.iter().try_for_each(|name| self.check_name_of(now, node, name))?;
-        let own = [node.ipv4.map(IpAddr::V4), Some(IpAddr::V6(now.mesh.ipv6_of(node.id)))];
-        if let Some(ip) = certificate.ips.iter().find(|ip| !own.contains(&Some(**ip))) {
-            return Err(Refusal::AddressNotOwned { ip: *ip });
-        }
+        self.check_wish(now, Asker::Node(node.id), certificate, made)?;
         let services = self.certificates_of(node.id).filter(|c| c.owner != Owner::Node(node.id));
         if services.filter(|service| service.is_live(now.at)).count() >= CERTIFICATES_PER_NODE_MAX {
             return Err(Refusal::Limit {
@@ -73,19 +72,40 @@ impl World {
                 max: CERTIFICATES_PER_NODE_MAX,
             });
         }
-        self.resumed(node, certificate, restart)
+        Ok(())
     }
 
-    fn check_name_of(&self, now: At<'_>, node: &Node, name: &DnsName) -> Result<(), Refusal> {
-        let text = name.to_string();
-        match check_name(self, now.mesh, name)? {
-            Some(NameOwner::Node(owner)) if owner == node.id => Ok(()),
-            Some(owner @ NameOwner::Node(_)) => {
-                Err(Refusal::NameTaken { name: text, owner: self.owner_label(&owner) })
-            }
-            Some(NameOwner::Grant) if self.granted_names(node.id).contains(name) => Ok(()),
-            _ => Err(Refusal::NameNotGranted { name: text, node: node.name.clone() }),
+    /// The certificate was made from the profile that is in force now.
+    fn check_made(&self, certificate: &CertificateRecord, made: Option<&Made>) -> Result<(), Refusal> {
+        let profile = certificate.profile.as_str();
+        if PROFILES_SERVICE.contains(&profile) {
+            return Ok(());
         }
+        let (Some((_, known)), Some(made)) = (self.profile(profile), made) else {
+            return Err(Refusal::ProfileUnknown { profile: crate::change::escape(profile) });
+        };
+        match *known == made.profile {
+            true => Ok(()),
+            false => Err(Refusal::ProfileChanged { profile: profile.to_owned() }),
+        }
+    }
+
+    fn check_wish(
+        &self,
+        now: At<'_>,
+        asker: Asker,
+        certificate: &CertificateRecord,
+        made: Option<&Made>,
+    ) -> Result<(), Refusal> {
+        let wish = Wish {
+            lifetime: Some(certificate.not_after.since(now.at)),
+            key: made.map(|made| made.key),
+            profile: &certificate.profile,
+            names: &certificate.names,
+            ips: &certificate.ips,
+            pair_name: &certificate.pair_name,
+        };
+        self.judge_wish(asker, &wish).into_iter().try_for_each(|verdict| verdict.outcome.map(drop))
     }
 
     /// The stops and wishes that issuing this pair ends.
@@ -108,20 +128,6 @@ impl World {
         }
         let resumed = |pair: &String| Change::PairResumed { node: node.id, pair: pair.clone() };
         Ok(pairs.into_iter().map(resumed).collect())
-    }
-
-    /// A certificate for a machine that is no node may take no node's name and no overlay address.
-    fn check_detached(&self, now: At<'_>, certificate: &CertificateRecord) -> Result<(), Refusal> {
-        self.check_key(certificate.key_hash, |user| matches!(user, Owner::Detached { .. }))?;
-        for name in &certificate.names {
-            if let Some(owner @ NameOwner::Node(_)) = check_name(self, now.mesh, name)? {
-                return Err(Refusal::NameTaken { name: name.to_string(), owner: self.owner_label(&owner) });
-            }
-        }
-        match certificate.ips.iter().find(|ip| now.mesh.contains(**ip)) {
-            Some(ip) => Err(Refusal::AddressNotOwned { ip: *ip }),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn decide_revoke_certificates(
@@ -273,7 +279,9 @@ const fn is_compromise(reason: Reason) -> bool {
 /// What holds for every service: a service profile, and a pair named by one of its names or a plain label.
 fn check_service(certificate: &CertificateRecord) -> Result<(), Refusal> {
     let mismatch = |what| Err(Refusal::CertificateMismatch { what });
-    if !PROFILES_SERVICE.contains(&certificate.profile.as_str()) {
+    let custom = ProfileName::try_from(certificate.profile.as_str());
+    let custom = custom.is_ok_and(|name| name.as_str() == certificate.profile);
+    if !custom && !PROFILES_SERVICE.contains(&certificate.profile.as_str()) {
         return mismatch("its profile is not for services");
     }
     if certificate.names.is_empty() && certificate.ips.is_empty() && certificate.profile != PROFILE_CLIENT {

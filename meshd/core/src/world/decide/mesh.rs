@@ -104,6 +104,14 @@ impl World {
                 );
             }
         }
+        for (profile, rules) in &policy.profile {
+            for (index, rule) in rules.names.iter().enumerate() {
+                for name in rule.taken() {
+                    let why = self.grant_problem(mesh, name);
+                    problems.extend(why.map(|why| format!("profile.{profile}.names[{index}]: {name} {why}")));
+                }
+            }
+        }
         problems.truncate(POLICY_PROBLEMS_MAX);
         if problems.is_empty() { Ok(policy) } else { Err(problems) }
     }
