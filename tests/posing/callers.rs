@@ -22,8 +22,9 @@ const NODE_ONLY: [&str; 5] = [
     "/mesh.v1.Nodes/Leave",
 ];
 /// What a node may call as operators do, for what is its own.
-const NODES_TOO: [&str; 5] = [
+const NODES_TOO: [&str; 6] = [
     "/mesh.v1.Certificates/Issue",
+    "/mesh.v1.Certificates/Explain",
     "/mesh.v1.Certificates/List",
     "/mesh.v1.Certificates/Get",
     "/mesh.v1.Certificates/Revoke",

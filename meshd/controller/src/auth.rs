@@ -113,6 +113,7 @@ pub(crate) const TABLE: &[(&str, &[Kind])] = &[
     ("/mesh.v1.Sync/Sync", NODES),
     ("/mesh.v1.Relay/Open", NODES),
     ("/mesh.v1.Certificates/Issue", NODES_AND_OPERATORS),
+    ("/mesh.v1.Certificates/Explain", NODES_AND_OPERATORS),
     ("/mesh.v1.Certificates/List", NODES_AND_OPERATORS),
     ("/mesh.v1.Certificates/Get", NODES_AND_OPERATORS),
     ("/mesh.v1.Certificates/Revoke", NODES_AND_OPERATORS),

@@ -19,6 +19,7 @@ use x509_parser::prelude::FromDer as _;
 
 use crate::config::{Passphrase, Unlock};
 use crate::error::StartupError;
+use crate::profiles::{self, Custom};
 use crate::state::{read_file, replace_file};
 
 /// File of the sealed root key, below the state directory's `keys`.
@@ -85,6 +86,15 @@ pub(crate) struct LeafRequest {
     pub(crate) pair_name: String,
     /// Cut to what profile and issuer allow.
     pub(crate) lifetime: Duration,
+    /// The custom profile that says what else stands in it; `profile` is then its kind.
+    pub(crate) custom: Option<Custom>,
+}
+
+impl LeafRequest {
+    /// The name under which the certificate is known.
+    fn profile_name(&self) -> &str {
+        self.custom.as_ref().map_or(self.profile.name(), |custom| custom.accepted.spec().name.as_str())
+    }
 }
 
 impl Authority {
@@ -269,13 +279,17 @@ impl Authority {
             let issuer = self.issuing.key_identifier();
             template.pointers = points.leaf(issuer, place.shard).map_err(IssueProblem::Pointers)?;
         }
+        if let Some(custom) = &request.custom {
+            let at = (self.issuing.key_identifier(), place);
+            template = profiles::template(custom, request, key.public_key(), at, now, &self.domain)?;
+        }
         let issued = mesh_ca::issue_leaf(&self.issuing, &self.store, key, &template, serial)
             .map_err(IssueProblem::Issue)?;
         Ok(CertificateRecord {
             serial: Serial(*issued.serial.as_bytes()),
             key_hash: KeyHash(issued.key_hash),
             owner: request.owner.clone(),
-            profile: request.profile.name().to_owned(),
+            profile: request.profile_name().to_owned(),
             names: request.names.clone(),
             ips: request.ips.clone(),
             pair_name: request.pair_name.clone(),
@@ -366,6 +380,8 @@ pub(crate) enum IssueProblem {
     Name(#[source] NameError),
     #[error("address of published CRLs cannot stand in a certificate")]
     Pointers(#[source] UrlError),
+    #[error("custom profile does not allow it")]
+    Profile(#[source] mesh_ca::RequestRefusal),
     #[error("certificate was not issued")]
     Issue(#[source] mesh_ca::IssueError),
 }
@@ -400,7 +416,7 @@ pub(crate) fn draw_serial() -> SerialNumber {
 }
 
 /// The addresses below a base address. How many shards there are is World's to say.
-fn points(base: &str) -> Result<PublishingPoints, UrlError> {
+pub(crate) fn points(base: &str) -> Result<PublishingPoints, UrlError> {
     PublishingPoints::new(HttpUrl::parse(base)?, 1)
 }
 
@@ -429,7 +445,7 @@ fn core_key_id(issuer: &Issuer) -> mesh_core::KeyId {
     mesh_core::KeyId(issuer.key_identifier().as_bytes().to_vec())
 }
 
-fn random_fill(bytes: &mut [u8]) {
+pub(crate) fn random_fill(bytes: &mut [u8]) {
     use rand::RngCore as _;
     mesh_runtime::os_rng().fill_bytes(bytes);
 }

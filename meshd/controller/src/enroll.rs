@@ -298,6 +298,7 @@ fn operator_leaf(operator: &OperatorName) -> Result<LeafRequest, Problem> {
         wireguard: Vec::new(),
         pair_name: String::new(),
         lifetime: Profile::Operator.default_lifetime(),
+        custom: None,
     })
 }
 

@@ -46,6 +46,7 @@ pub(crate) fn leaf_of_node(
         wireguard: wireguard.iter().map(|key| key.0).collect(),
         pair_name: String::new(),
         lifetime: Profile::Node.default_lifetime(),
+        custom: None,
     })
 }
 

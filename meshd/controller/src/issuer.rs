@@ -8,9 +8,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mesh_ca::{Csr, CsrError, LeafKey, OcspResponder, RequestedNames, SerialNumber, SubjectKey, VerifiedCsr};
+use mesh_ca::{
+    AcceptedProfile, Csr, CsrError, LeafKey, OcspResponder, RequestedNames, SerialNumber, SubjectKey,
+    VerifiedCsr,
+};
+use mesh_core::profile::Profile;
 use mesh_core::world::Place;
-use mesh_core::{CertificateRecord, KeyId, Owner, Serial};
+use mesh_core::{CertificateRecord, KeyId, Owner, Policy, ProfileName, Serial};
 use mesh_proto::v1::ErrorCode;
 use mesh_runtime::SharedClock;
 use tokio::sync::Semaphore;
@@ -18,6 +22,7 @@ use tokio::sync::Semaphore;
 use crate::authority::{Authority, CaRole, IssueProblem, LeafRequest, draw_serial};
 use crate::directory::Directory;
 use crate::limits::{CSR_BYTES_MAX, PREPARATIONS_MAX};
+use crate::profiles::Profiles;
 use crate::status::Problem;
 
 /// Verifies CSRs and signs leaves; no more than [`PREPARATIONS_MAX`] at a time.
@@ -27,15 +32,44 @@ pub(crate) struct Issuing {
     directory: Arc<Directory>,
     clock: SharedClock,
     permits: Arc<Semaphore>,
+    profiles: Arc<Profiles>,
 }
 
 impl Issuing {
     pub(crate) fn new(authority: Arc<Authority>, directory: Arc<Directory>, clock: SharedClock) -> Self {
-        Self { authority, directory, clock, permits: Arc::new(Semaphore::new(PREPARATIONS_MAX)) }
+        let permits = Arc::new(Semaphore::new(PREPARATIONS_MAX));
+        Self { authority, directory, clock, permits, profiles: Arc::default() }
     }
 
     pub(crate) fn authority(&self) -> &Arc<Authority> {
         &self.authority
+    }
+
+    /// A custom profile that may issue: its sample was linted, now or before.
+    pub(crate) async fn accept(
+        &self,
+        name: ProfileName,
+        profile: Profile,
+    ) -> Result<Arc<AcceptedProfile>, Problem> {
+        let (profiles, authority) = (Arc::clone(&self.profiles), Arc::clone(&self.authority));
+        let now = self.clock.utc_now();
+        self.on_pool(move || {
+            let accepted = profiles.accept(&name, &profile, authority.domain(), now);
+            accepted.map_err(|why| {
+                Problem::internal(format!("profile {name} of the policy in force is not sound: {why}"))
+            })
+        })
+        .await
+    }
+
+    /// What is wrong with the custom profiles of a policy, one line each.
+    pub(crate) async fn profile_problems(&self, policy: Policy) -> Result<Vec<String>, Problem> {
+        if policy.profile.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (profiles, authority) = (Arc::clone(&self.profiles), Arc::clone(&self.authority));
+        let now = self.clock.utc_now();
+        self.on_pool(move || Ok(profiles.problems(&policy, authority.domain(), now))).await
     }
 
     /// Parses a CSR and checks that its maker holds the key.
@@ -199,6 +233,11 @@ impl From<IssueProblem> for Problem {
                 },
                 mesh_runtime::chain(&error),
                 "choose a plain host name below the mesh's domain",
+            ),
+            IssueProblem::Profile(refusal) => Self::new(
+                ErrorCode::CertificateInvalid,
+                mesh_runtime::chain(refusal),
+                "ask for names that fit the profile; `meshctl cert issue --dry-run --explain` shows its rules",
             ),
             IssueProblem::Issue(mesh_ca::IssueError::Template(template)) => Self::new(
                 ErrorCode::CertificateInvalid,

@@ -24,6 +24,7 @@ mod authority;
 mod issuer;
 mod ocsp;
 mod own_certificate;
+mod profiles;
 mod publish;
 mod web;
 
@@ -38,6 +39,7 @@ mod tls;
 
 mod certify;
 mod enroll;
+mod explain;
 mod identity;
 mod receipts;
 mod renew;

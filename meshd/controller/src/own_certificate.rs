@@ -101,6 +101,7 @@ async fn make(
         wireguard: Vec::new(),
         pair_name: String::new(),
         lifetime: Profile::Controller.default_lifetime(),
+        custom: None,
     };
     let record = issuing.sign_own(request, Arc::clone(&key)).await?;
     let command = Command::RecordControllerCertificate { certificate: record.clone() };

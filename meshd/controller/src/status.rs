@@ -267,6 +267,27 @@ fn explain(refusal: &Refusal) -> (ErrorCode, &'static str) {
         }
         R::CertificateMismatch { .. } => (C::CertificateInvalid, "correct the request"),
         R::IssuerUnknown { .. } | R::CrlNumber { .. } | R::CrlMismatch { .. } => (C::Internal, BUG),
+        R::ProfileUnknown { .. } => (
+            C::ProfileUnknown,
+            "server, client and peer are built in; others stand in the policy as [profile.NAME]",
+        ),
+        R::ProfileNotGiven { .. } => {
+            (C::ProfileNotGiven, "tag the node, or add a rule to the profile in policy.toml")
+        }
+        R::NameOutsideProfile { .. } | R::AddressOutsideProfile { .. } => {
+            (C::NameOutsideProfile, "use another name or profile, or add the name to the profile's rules")
+        }
+        R::KeyOutsideProfile { .. } => {
+            (C::KeyOutsideProfile, "choose another key with --key-type, or allow this type in the profile")
+        }
+        R::LifetimeOutsideProfile { .. } => {
+            (C::LifetimeOutsideProfile, "ask for less with --ttl, or leave it out")
+        }
+        R::ServiceOutsideProfile { .. } => (
+            C::ServiceOutsideProfile,
+            "the first name of the pair decides it: put another first, or add it to \"services\" of the profile",
+        ),
+        R::ProfileChanged { .. } => (C::ProfileChanged, ASK_AGAIN),
         R::PolicyInvalid { .. } => {
             (C::PolicyInvalid, "correct it; `meshctl policy check` lists every problem")
         }

@@ -3,18 +3,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ca::Profile;
+use mesh_core::names::PROFILES_BUILT_IN;
 use mesh_core::world::CertificateState;
 use mesh_core::{DnsName, KeyHash, Reason, Refusal, Serial, UtcTime, Which};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
-use crate::certify::Order;
+use crate::certify::{Asked, Order};
 use crate::history::{Query, Scope, State, is_cursor, state};
 use crate::limits::{ISSUER_DIGITS_MAX, NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
 use crate::revoke;
-use crate::service::messages::{certificate_message, name_owner};
+use crate::service::messages::{certificate_message, judged_message, name_owner};
 use crate::status::Problem;
 use crate::sync::check_crls;
 
@@ -45,6 +46,14 @@ impl pb::certificates_server::Certificates for CertificatesService {
             crls,
             certificate,
         }))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<pb::ExplainRequest>,
+    ) -> Result<Response<pb::ExplainResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.explain(&caller, &request.into_inner())?))
     }
 
     async fn list(
@@ -81,7 +90,7 @@ impl pb::certificates_server::Certificates for CertificatesService {
     }
 
     async fn crls(&self, request: Request<pb::CrlsRequest>) -> Result<Response<pb::CrlsResponse>, Status> {
-        let pb::CrlsRequest { have, ocsp_of } = request.into_inner();
+        let pb::CrlsRequest { have, ocsp_of, no_crls } = request.into_inner();
         check_crls(&have)?;
         if ocsp_of.len() > OCSP_SERIALS_MAX {
             return Err(Problem::too_large("list of serials", OCSP_SERIALS_MAX).into());
@@ -94,7 +103,8 @@ impl pb::certificates_server::Certificates for CertificatesService {
                 Some(pb::OcspResponse { serial: wanted, der: reply.der, next_update: next_update.unix() })
             }));
         }
-        Ok(Response::new(pb::CrlsResponse { crls: self.0.publisher.messages(&have), ocsp }))
+        let crls = if no_crls { Vec::new() } else { self.0.publisher.messages(&have) };
+        Ok(Response::new(pb::CrlsResponse { crls, ocsp }))
     }
 }
 
@@ -133,7 +143,7 @@ impl Parts {
             for certificate in &mut page.certificates {
                 let known = Serial::try_from(&*certificate.serial).ok();
                 match known.and_then(|serial| world.certificate(&serial)) {
-                    Some(known) => *certificate = certificate_message(world, known),
+                    Some(known) => *certificate = judged_message(world, known, query.now),
                     None => name_owner(world, certificate),
                 }
             }
@@ -152,7 +162,7 @@ impl Parts {
             world
                 .certificates()
                 .filter(|certificate| may_see(caller, certificate))
-                .map(|certificate| certificate_message(world, certificate))
+                .map(|certificate| judged_message(world, certificate, query.now))
                 .filter(|c| query.states.contains(&state(c, query.now)))
                 .filter(|c| query.until.is_none_or(|until| c.not_after <= until.unix()))
                 .filter(|c| match &query.scope {
@@ -170,7 +180,7 @@ impl Parts {
         let not_found = || Problem::certificate_not_found(&serial.to_string());
         let known = self.directory.read(|world| {
             let known = world.certificate(&serial)?;
-            may_see(caller, known).then(|| (known.issued_seq, certificate_message(world, known)))
+            may_see(caller, known).then(|| (known.issued_seq, judged_message(world, known, self.utc())))
         });
         let (archive, history) = (self.archive.clone(), self.history.clone());
         let is_node = matches!(caller, Caller::Node { .. });
@@ -237,12 +247,15 @@ fn split_names(texts: &[String]) -> Result<(Vec<DnsName>, Vec<IpAddr>), Problem>
 }
 
 /// Only what a service may have; the others are made with an identity.
-fn profile(text: &str) -> Result<Profile, Problem> {
+fn profile(text: &str) -> Result<Asked, Problem> {
     match text {
-        "" | "server" => Ok(Profile::Server),
-        "client" => Ok(Profile::Client),
-        "peer" => Ok(Profile::Peer),
-        _ => Err(Problem::usage("the profile must be server, client or peer")),
+        "" | "server" => Ok(Asked::BuiltIn(Profile::Server)),
+        "client" => Ok(Asked::BuiltIn(Profile::Client)),
+        "peer" => Ok(Asked::BuiltIn(Profile::Peer)),
+        reserved if PROFILES_BUILT_IN.contains(&reserved) => {
+            Err(Problem::usage("the profile must be server, client, peer, or one of the policy's"))
+        }
+        custom => Ok(Asked::Custom(custom.to_owned())),
     }
 }
 

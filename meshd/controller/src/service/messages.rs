@@ -5,6 +5,7 @@ use mesh_core::{CertificateRecord, Owner, UtcTime, World};
 use mesh_proto::v1 as pb;
 
 use crate::presence::NodePresence;
+use crate::status::Problem;
 
 /// A certificate that World knows.
 pub(crate) fn certificate_message(world: &World, certificate: &CertificateState) -> pb::Certificate {
@@ -19,7 +20,7 @@ pub(crate) fn certificate_message(world: &World, certificate: &CertificateState)
         profile: certificate.profile.clone(),
         name: pair_or_identity(&certificate.pair_name, &certificate.owner, &owner),
         names: names(&certificate.names, &certificate.ips),
-        spiffe: spiffe(&domain, &certificate.profile, &certificate.owner, &owner),
+        spiffe: spiffe(&domain, kind_of(world, &certificate.profile), &certificate.owner, &owner),
         owner,
         not_before: certificate.not_before.unix(),
         not_after: certificate.not_after.unix(),
@@ -28,6 +29,7 @@ pub(crate) fn certificate_message(world: &World, certificate: &CertificateState)
         key_hash: certificate.key_hash.0.to_vec().into(),
         leaf: Default::default(),
         issuer_key_id: certificate.issuer_key_id.0.clone().into(),
+        ..Default::default()
     }
 }
 
@@ -61,7 +63,25 @@ pub(crate) fn issued_message(domain: &str, certificate: &CertificateRecord) -> p
         key_hash: certificate.key_hash.0.to_vec().into(),
         leaf: Default::default(),
         issuer_key_id: certificate.issuer_key_id.0.clone().into(),
+        ..Default::default()
     }
+}
+
+/// The same with what policy says to its renewal.
+pub(crate) fn judged_message(world: &World, certificate: &CertificateState, now: UtcTime) -> pb::Certificate {
+    let mut message = certificate_message(world, certificate);
+    if certificate.is_live(now)
+        && let Some(refusal) = world.renewal_refused(certificate)
+    {
+        let problem = Problem::from(refusal);
+        (message.refused_code, message.refused_why) = (problem.code.label(), problem.why);
+    }
+    message
+}
+
+/// The built-in profile that one of the policy narrows; the name itself of a built-in one.
+fn kind_of<'a>(world: &'a World, profile: &'a str) -> &'a str {
+    world.profile(profile).map_or(profile, |(_, custom)| custom.kind.as_str())
 }
 
 /// Puts the name of a node that still exists in the place of its index.

@@ -8,6 +8,7 @@ mod journal;
 mod ocsp;
 mod operators;
 mod posing;
+mod profiles;
 mod publishing;
 mod relay;
 mod revocation;

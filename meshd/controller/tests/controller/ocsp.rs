@@ -254,8 +254,8 @@ async fn a_node_gets_what_its_services_staple() {
     let service = running.service(&alpha, "web.alpha.mesh.internal", "peer").await;
     let mut client = CertificatesClient::new(running.member(&alpha.identity).await);
     let wanted = |serials: &[Vec<u8>]| pb::CrlsRequest {
-        have: Vec::new(),
         ocsp_of: serials.iter().map(|serial| serial.clone().into()).collect(),
+        ..Default::default()
     };
     let unknown = vec![0x41; 16];
     let answer = client.crls(wanted(&[serial(&service), unknown])).await.unwrap().into_inner();
