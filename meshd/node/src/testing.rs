@@ -4,9 +4,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use mesh_ca::{
-    CRL_LIFETIME, CaNaming, CrlPlan, DnsName, Identity as Speaker, Issuer, KeyId, Label, LeafKey,
-    LeafTemplate, MemoryKeyStore, Profile, RevocationReason, RevokedEntry, SerialNumber, TrustDomain,
-    build_crl, create_issuing_ca, create_root, issue_leaf,
+    CRL_LIFETIME, CaNaming, CertIdHash, CrlPlan, DnsName, Identity as Speaker, Issuer, KeyId, Label, LeafKey,
+    LeafTemplate, MemoryKeyStore, OCSP_RESPONSE_LIFETIME, OcspAnswer, OcspResponder, OcspStatus, Profile,
+    RevocationReason, RevokedEntry, SerialNumber, TrustDomain, build_crl, create_issuing_ca, create_root,
+    issue_leaf,
 };
 use mesh_proto::v1 as pb;
 use time::UtcDateTime;
@@ -131,6 +132,19 @@ impl TestMesh {
                 pb::Crl { issuer_key_id, shard: 0, number, der: der.into() }
             })
             .collect()
+    }
+
+    /// An OCSP response about `serial`, good or revoked.
+    pub(crate) fn ocsp(&self, serial: &[u8], revoked: bool) -> Vec<u8> {
+        let (key, own) = (LeafKey::generate().unwrap(), SerialNumber::random(&mut random));
+        let responder = OcspResponder::issue(&self.issuing, &self.store, key, own, self.now).unwrap();
+        let status = match revoked {
+            true => OcspStatus::Revoked { at: self.now, reason: RevocationReason::KeyCompromise },
+            false => OcspStatus::Good,
+        };
+        let answer = OcspAnswer::new(status, self.now, OCSP_RESPONSE_LIFETIME);
+        let serial = SerialNumber::from_slice(serial).unwrap();
+        responder.presign(&serial, CertIdHash::Sha1, &answer).unwrap()
     }
 
     /// What `identity` believes once it has the CRLs with `number`.

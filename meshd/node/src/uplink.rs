@@ -369,7 +369,7 @@ impl Uplink {
 
     async fn fetch_crls(&self, channel: &Channel) -> Result<(), End> {
         let have = self.network.knowledge().await?.crls;
-        let mut request = Request::new(pb::CrlsRequest { have, ocsp_of: Vec::new() });
+        let mut request = Request::new(pb::CrlsRequest { have, ..Default::default() });
         request.set_timeout(CALL_TIMEOUT);
         let mut client =
             CertificatesClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);

@@ -30,6 +30,7 @@ struct Pair {
     profile: Option<String>,
     /// `72h`, `30d`, `90m`, `45s`.
     ttl: Option<String>,
+    key_type: Option<String>,
     owner: Option<String>,
     /// Octal text: `"0640"`.
     mode: Option<String>,
@@ -140,6 +141,7 @@ fn definition(pair: Pair, own_certs: &Path) -> Result<Definition, Failure> {
         out: pair.out,
         profile: pair.profile.unwrap_or_else(|| "server".to_owned()),
         ttl_secs,
+        key_type: pair.key_type.unwrap_or_default(),
         owner: pair.owner,
         mode,
         reload: pair.reload,
@@ -203,7 +205,7 @@ mod tests {
         ) {
             for pair in parse(&text, Path::new(OWN)).unwrap_or_default() {
                 proptest::prop_assert!(pair.out.is_absolute(), "{text}");
-                proptest::prop_assert!(["server", "client", "peer"].contains(&pair.profile.as_str()), "{text}");
+                proptest::prop_assert!(crate::certs::definition::is_profile(&pair.profile), "{text}");
                 proptest::prop_assert!(pair.mode & 0o007 == 0 && pair.mode & 0o400 != 0, "{text}");
                 proptest::prop_assert!(pair.origin == Origin::Declared);
                 for name in &pair.names {

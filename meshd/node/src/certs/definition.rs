@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mesh_ca::DnsName;
+use mesh_ca::{DnsName, KeyAlgorithm};
+use mesh_core::ProfileName;
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
 use nix::unistd::{Gid, Group, Uid, User};
@@ -33,6 +34,9 @@ pub(crate) struct Definition {
     pub(crate) profile: String,
     /// 0: the profile's default.
     pub(crate) ttl_secs: u32,
+    /// As written in a request; empty: ECDSA P-256.
+    #[serde(default)]
+    pub(crate) key_type: String,
     pub(crate) owner: Option<String>,
     /// Permissions of the key.
     pub(crate) mode: u32,
@@ -66,6 +70,7 @@ impl Definition {
             out: request.out.into(),
             profile: given(request.profile).unwrap_or_else(|| "server".to_owned()),
             ttl_secs: request.ttl_secs,
+            key_type: request.key_type,
             owner: given(request.owner),
             mode: if request.mode == 0 { MODE_DEFAULT } else { request.mode },
             reload,
@@ -86,8 +91,12 @@ impl Definition {
         for name in &self.names {
             check_name(name)?;
         }
-        if !["server", "client", "peer"].contains(&self.profile.as_str()) {
+        if !is_profile(&self.profile) {
             return Err(usage(format!("{:?} is no profile of a pair", self.profile)));
+        }
+        if !self.key_type.is_empty() && parse_key_type(&self.key_type).is_none() {
+            let known = KeyAlgorithm::GENERATED.map(|known| known.to_string()).join(", ");
+            return Err(usage(format!("{:?} is no key type; known are {known}", self.key_type)));
         }
         if self.mode & !0o777 != 0 || self.mode & 0o007 != 0 || self.mode & 0o400 == 0 {
             return Err(usage(format!("mode {:04o} is none for a key: use 0600 or 0640", self.mode)));
@@ -113,6 +122,11 @@ impl Definition {
         &self.names[0]
     }
 
+    /// The type of its key.
+    pub(super) fn key_algorithm(&self) -> KeyAlgorithm {
+        parse_key_type(&self.key_type).unwrap_or_default()
+    }
+
     /// Who may read the key, as numbers of this host.
     pub(super) fn access(&self) -> Result<Access, Failure> {
         let (uid, gid) = match &self.owner {
@@ -121,6 +135,16 @@ impl Definition {
         };
         Ok(Access { key_mode: self.mode, uid, gid })
     }
+}
+
+/// The three that are built in, and what the policy may call one; whether it has one of that name, the controller knows.
+pub(super) fn is_profile(text: &str) -> bool {
+    let custom = || ProfileName::try_from(text).is_ok_and(|name| name.as_str() == text);
+    ["server", "client", "peer"].contains(&text) || custom()
+}
+
+fn parse_key_type(text: &str) -> Option<KeyAlgorithm> {
+    KeyAlgorithm::GENERATED.into_iter().find(|known| known.to_string() == text)
 }
 
 fn parse_owner(owner: &str) -> Result<(Option<Uid>, Option<Gid>), Failure> {
@@ -186,12 +210,14 @@ mod tests {
         let ours = Definition::from_request(request(|r| r.out.clear()), 0, own).unwrap();
         assert_eq!(ours.out, own.join("api.mesh.internal"));
         type Change = fn(&mut pb::LocalIssueRequest);
-        let table: [(Change, ErrorCode); 9] = [
+        let table: [(Change, ErrorCode); 11] = [
             (|r| r.names.clear(), ErrorCode::Usage),
             (|r| r.names = vec!["a.b".into(); 33], ErrorCode::Usage),
             (|r| r.names = vec!["*.mesh.internal".into()], ErrorCode::NameWildcard),
             (|r| r.names = vec!["API.mesh.internal".into()], ErrorCode::NameInvalid),
             (|r| r.profile = "node".into(), ErrorCode::Usage),
+            (|r| r.profile = "Data base".into(), ErrorCode::Usage),
+            (|r| r.key_type = "rsa-1024".into(), ErrorCode::Usage),
             (|r| r.mode = 0o644, ErrorCode::Usage),
             (|r| r.out = "tls".into(), ErrorCode::Usage),
             (|r| r.owner = "nobody-of-that-name".into(), ErrorCode::Usage),
@@ -201,6 +227,10 @@ mod tests {
             let failure = Definition::from_request(request(change), 1000, own).unwrap_err();
             assert_eq!(failure.code, code, "row {index}: {failure}");
         }
+        let custom = request(|r| (r.profile, r.key_type) = ("database".into(), "ed25519".into()));
+        let custom = Definition::from_request(custom, 0, own).unwrap();
+        assert_eq!(custom.key_algorithm(), KeyAlgorithm::Ed25519);
+        assert_eq!(plain.key_algorithm(), KeyAlgorithm::EcdsaP256);
         let root = request(|r| r.reload = "true".into());
         assert!(Definition::from_request(root, 0, own).is_ok(), "root may set a hook");
     }

@@ -1,6 +1,7 @@
 //! The task that owns the pairs. Slow things, issuing and hooks, run beside it and report back.
 
 mod deliver;
+mod policy;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use tokio::time::Instant;
 use super::definition::{Definition, Origin};
 use super::issue::Issued;
 use super::live::Live;
-use super::record::{Record, Records};
+use super::record::{Record, Records, Staple};
 use super::{Answer, Command, declared, issue};
 use crate::clock::ControllerClock;
 use crate::failure::Failure;
@@ -37,6 +38,8 @@ const ISSUES_AT_ONCE: usize = 8;
 enum Done {
     Issued { name: String, result: Result<Issued, Failure> },
     Hooked { name: String, result: Result<(), HostError> },
+    Judged { name: String, result: Result<Option<Failure>, Failure> },
+    Stapled { name: String, serial: Vec<u8>, result: Result<Option<Staple>, Failure> },
 }
 
 /// Everything the pairs' task needs.
@@ -74,7 +77,7 @@ impl Manager {
             live,
             jobs: JoinSet::new(),
             crls: Arc::default(),
-            granted: Vec::new(),
+            terms: Terms::default(),
         };
         task.run().await;
     }
@@ -87,7 +90,15 @@ struct Task {
     jobs: JoinSet<Done>,
     /// The CRLs that stand in the folders.
     crls: Arc<Vec<pb::Crl>>,
-    /// Names that policy granted when we last looked.
+    /// What the controller last said about policy and us.
+    terms: Terms,
+}
+
+/// What decides, apart from the pairs themselves, which of them may be issued.
+#[derive(Default, PartialEq, Eq)]
+struct Terms {
+    policy_version: u64,
+    tags: Vec<String>,
     granted: Vec<String>,
 }
 
@@ -154,7 +165,7 @@ impl Task {
     }
 
     fn list(&self) -> Vec<pb::ManagedPair> {
-        let problem = |name: &String| self.live.get(name).map_or("", |live| live.problem.as_str());
+        let problem = |name: &String| self.live.get(name).map_or("", Live::shown_problem);
         self.records.iter().map(|(name, record)| record.show(problem(name), false)).collect()
     }
 
@@ -168,7 +179,7 @@ impl Task {
             && record.candidate.is_none()
             && record.request.is_none()
             && record.published.as_ref().is_some_and(|material| now < material.renews_at())
-            && self.live.get(&name).is_none_or(|live| live.problem.is_empty())
+            && self.live.get(&name).is_none_or(|live| live.shown_problem().is_empty())
         {
             let _ = reply.send(Ok(record.show("", false)));
             return;
@@ -182,7 +193,7 @@ impl Task {
         let key = record.newest().filter(|_| !record.stopped).map(|material| material.key.clone());
         let key = key.filter(|_| !definition.rotate_key);
         record.definition = definition;
-        match issue::prepare(key, true) {
+        match issue::prepare(key, record.definition.key_algorithm(), true) {
             Ok(request) => record.request = Some(request),
             Err(failure) => {
                 let _ = reply.send(Err(failure));
@@ -241,11 +252,7 @@ impl Task {
     /// The controller's word on our names: stop, or issue anew with a new key.
     fn take_own(&mut self, own: &pb::Own) {
         let mut changed = false;
-        if self.granted != own.granted_names {
-            self.granted.clone_from(&own.granted_names);
-            // What was refused for want of a grant may be granted now.
-            self.live.values_mut().for_each(|live| live.ask_after = None);
-        }
+        self.take_terms(own);
         for record in self.records.values_mut() {
             let names = |list: &[String]| record.definition.names.iter().any(|name| list.contains(name));
             let (stopped, reissue) = (names(&own.stopped_names), names(&own.reissue_names));
@@ -260,7 +267,7 @@ impl Task {
                 changed = true;
             }
             if reissue && !record.reissued && !record.stopped {
-                match issue::prepare(None, false) {
+                match issue::prepare(None, record.definition.key_algorithm(), false) {
                     Ok(request) => {
                         record.request = Some(request);
                         record.reissued = true;
@@ -319,6 +326,8 @@ impl Task {
         let names: Vec<String> = self.records.keys().cloned().collect();
         for name in names {
             self.advance(&name).await;
+            self.ask_staple(&name);
+            self.ask_judgement(&name);
         }
     }
 
@@ -337,7 +346,8 @@ impl Task {
             return;
         }
         let due = record.newest().is_none_or(|material| controller_now >= material.renews_at());
-        let wanted = record.request.is_some() || live.forced || (due && !record.stopped);
+        let may = !record.stopped && live.refused.is_none();
+        let wanted = record.request.is_some() || live.forced || (due && may);
         if !wanted || live.ask_after.is_some_and(|after| after > now) {
             return;
         }
@@ -347,7 +357,8 @@ impl Task {
         }
         if record.request.is_none() {
             let key = record.newest().filter(|_| !record.definition.rotate_key);
-            match issue::prepare(key.map(|material| material.key.clone()), false) {
+            let key = key.map(|material| material.key.clone());
+            match issue::prepare(key, record.definition.key_algorithm(), false) {
                 Ok(request) => record.request = Some(request),
                 Err(failure) => return tracing::error!(%failure, "no key for a pair"),
             }
@@ -377,6 +388,8 @@ impl Task {
                     Err(failure) => self.not_issued(&name, failure),
                 }
             }
+            Done::Judged { name, result } => self.judged(&name, result),
+            Done::Stapled { name, serial, result } => self.stapled(&name, &serial, result).await,
             Done::Hooked { name, result } => {
                 if let Some(live) = self.live.get_mut(&name) {
                     live.hook_running = false;
@@ -392,6 +405,7 @@ impl Task {
         tracing::info!(pair = name, serial = hex::encode(&issued.material.serial), "certificate issued");
         record.candidate = Some(issued.material);
         record.request = None;
+        self.allow(name);
         // On disk before the service can see it.
         self.save();
         // The network task verifies them and tells us; without it this pair starts from what is here.
@@ -414,11 +428,15 @@ impl Task {
             record.stopped = true;
         }
         let never_was = record.newest().is_none() && record.definition.origin == Origin::Socket;
-        live.problem = format!("{}: {}", failure.number(), failure.why);
-        live.ask_after = Some(Instant::now() + RETRY_FIRST + live.backoff.next_wait());
         for waiter in live.waiters.drain(..) {
             let _ = waiter.send(Err(failure.clone()));
         }
+        if policy::says(failure.code) && record.newest().is_some() {
+            self.refuse(name, &failure);
+            return self.save();
+        }
+        live.problem = format!("{}: {}", failure.number(), failure.why);
+        live.ask_after = Some(Instant::now() + RETRY_FIRST + live.backoff.next_wait());
         if never_was {
             // Whoever typed it has been told; there is nothing to keep renewed.
             self.records.remove(name);

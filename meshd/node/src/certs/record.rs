@@ -45,6 +45,21 @@ pub(super) struct Material {
     /// UTC seconds.
     pub(super) not_before: i64,
     pub(super) not_after: i64,
+    /// Whether a server shows it and its revocation is told at all, so that an OCSP response belongs to it.
+    #[serde(default)]
+    pub(super) staples: bool,
+    /// The OCSP response that services staple.
+    #[serde(default)]
+    pub(super) staple: Option<Staple>,
+}
+
+/// An OCSP response that was verified.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Eq)]
+pub(super) struct Staple {
+    pub(super) der: Der,
+    /// UTC seconds.
+    pub(super) taken_at: i64,
+    pub(super) next_update: i64,
 }
 
 /// The same question is asked again after a crash.
@@ -101,7 +116,17 @@ impl Material {
         now.unix_timestamp() > self.not_after
     }
 
-    /// The four files.
+    /// Whether a new OCSP response is to be asked for: after a third of what this one had left, well before servers and
+    /// clients mind its age.
+    pub(super) fn wants_staple(&self, now: UtcDateTime) -> bool {
+        let old = self.staple.as_ref().is_none_or(|staple| {
+            let third = (staple.next_update - staple.taken_at) / 3;
+            now.unix_timestamp() >= staple.taken_at + third
+        });
+        self.staples && old
+    }
+
+    /// The files of the folder.
     pub(super) fn files(&self, crls: &[pb::Crl]) -> Result<PairFiles, Failure> {
         let chain = std::iter::once(&self.leaf).chain(self.issuers.first());
         Ok(PairFiles {
@@ -109,6 +134,7 @@ impl Material {
             cert: mesh_ca::bundle::encode_certificates(chain.map(|der| &der.0)),
             ca: mesh_ca::bundle::encode_certificates(self.roots.iter().map(|der| &der.0)),
             crl: mesh_ca::bundle::encode_crls(crls.iter().map(|crl| &crl.der)),
+            ocsp: self.staple.as_ref().map(|staple| staple.der.0.clone()),
         })
     }
 }

@@ -1,5 +1,5 @@
-//! The folder a service reads its pair from. Four names point into `..data`, and `..data` points to
-//! one version; one rename swaps all four.
+//! The folder a service reads its pair from. Its names point into `..data`, and `..data` points to
+//! one version; one rename swaps all files.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -29,8 +29,9 @@ const KEY: &str = "key.pem";
 const CERT: &str = "cert.pem";
 const CA: &str = "ca.pem";
 const CRL: &str = "crl.pem";
+const OCSP: &str = "ocsp.der";
 
-/// What the four files hold.
+/// What the files hold.
 #[derive(Clone)]
 pub(crate) struct PairFiles {
     pub(crate) key: Zeroizing<String>,
@@ -40,6 +41,8 @@ pub(crate) struct PairFiles {
     pub(crate) ca: String,
     /// Issuing and root CRLs.
     pub(crate) crl: String,
+    /// An OCSP response to staple; the file is there only with one.
+    pub(crate) ocsp: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for PairFiles {
@@ -189,12 +192,23 @@ impl PairFolder {
         self.write_file(&folder, CERT, files.cert.as_bytes(), 0o644, uid, gid)?;
         self.write_file(&folder, CA, files.ca.as_bytes(), 0o644, uid, gid)?;
         self.write_file(&folder, CRL, files.crl.as_bytes(), 0o644, uid, gid)?;
+        if let Some(ocsp) = &files.ocsp {
+            self.write_file(&folder, OCSP, ocsp, 0o644, uid, gid)?;
+        }
         sync(&folder).map_err(|source| self.io_std("sync", source))?;
         self.link(version, DATA_NEW)?;
-        // Commit point: all four files change here.
+        // Commit point: all files change here.
         renameat(&self.fd, DATA_NEW, &self.fd, DATA).map_err(|e| self.io("swap the pair", e))?;
         for name in [KEY, CERT, CA, CRL] {
             self.point_name(name)?;
+        }
+        match files.ocsp {
+            Some(_) => self.point_name(OCSP)?,
+            // A link to nothing would stop a server that is told to staple it with an unclear word.
+            None => match unlinkat(&self.fd, OCSP, UnlinkatFlags::NoRemoveDir) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(errno) => return Err(self.io("remove a link", errno)),
+            },
         }
         sync(&self.fd).map_err(|source| self.io_std("sync", source))
     }
@@ -270,7 +284,7 @@ impl PairFolder {
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let folder =
             openat(&self.fd, version, flags, Mode::empty()).map_err(|e| self.io("open a version", e))?;
-        for name in [KEY, CERT, CA, CRL] {
+        for name in [KEY, CERT, CA, CRL, OCSP] {
             match unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir) {
                 Ok(()) | Err(Errno::ENOENT) => {}
                 Err(errno) => return Err(self.io("remove a file", errno)),
@@ -367,7 +381,13 @@ mod tests {
 
     fn files(mark: usize) -> PairFiles {
         let text = |what: &str| format!("{what} {mark}\n");
-        PairFiles { key: Zeroizing::new(text("key")), cert: text("cert"), ca: text("ca"), crl: text("crl") }
+        PairFiles {
+            key: Zeroizing::new(text("key")),
+            cert: text("cert"),
+            ca: text("ca"),
+            crl: text("crl"),
+            ocsp: None,
+        }
     }
 
     fn parent() -> (tempfile::TempDir, PathBuf) {

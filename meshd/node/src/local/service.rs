@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use mesh_proto::v1 as pb;
+use mesh_proto::v1::certificates_client::CertificatesClient;
 use mesh_proto::v1::local_server::Local;
 use mesh_proto::v1::nodes_client::NodesClient;
 use tokio_stream::Stream;
@@ -88,6 +89,17 @@ impl Local for LocalService {
         let own_certs = Manager::own_certs(&self.node.state);
         let definition = Definition::from_request(request.into_inner(), uid, &own_certs)?;
         Ok(Response::new(session.pairs.issue(definition).await?))
+    }
+
+    async fn explain_certificate(
+        &self,
+        request: Request<pb::ExplainRequest>,
+    ) -> Result<Response<pb::ExplainResponse>, Status> {
+        let channel = self.node.session().await?.uplink.open_channel()?;
+        let mut call = Request::new(request.into_inner());
+        call.set_timeout(CALL_TIMEOUT);
+        let answer = CertificatesClient::new(channel).explain(call).await;
+        answer.map_err(|status| Failure::from_status(&status).into())
     }
 
     async fn renew_certificate(

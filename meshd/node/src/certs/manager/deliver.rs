@@ -1,14 +1,20 @@
 //! How a pair gets to its service: files, hook, and the way back when the service does not take it.
 
+use std::time::Duration;
+
 use mesh_proto::v1::ErrorCode;
 use tokio::time::Instant;
 
 use super::{Done, Manager, Task};
 use crate::certs::definition::Definition;
-use crate::certs::record::Material;
+use crate::certs::issue;
+use crate::certs::record::{Material, Staple};
 use crate::failure::Failure;
 use crate::hostop::{HostError, HostOp, PairVersion};
 use crate::limits::HOOK_INTERVAL;
+
+/// Shortest time between two questions for the OCSP response of one pair.
+const STAPLE_INTERVAL: Duration = Duration::from_secs(60);
 
 impl Task {
     /// Puts the newest material in place, then runs the hook, if there is one.
@@ -113,25 +119,82 @@ impl Task {
         self.crls = crls;
         let names: Vec<String> = self.records.keys().cloned().collect();
         for name in names {
-            let Some(record) = self.records.get(&name) else { continue };
-            // What is in the folder now: a candidate only while its hook runs.
-            let running = self.live.get(&name).is_some_and(|live| live.hook_running);
-            let material = match running {
-                true => record.newest(),
-                false => record.published.as_ref().or(record.candidate.as_ref()),
-            };
-            let Some(material) = material.cloned() else { continue };
-            let definition = record.definition.clone();
-            if let Err(failure) = self.write(&definition, &material).await {
-                self.not_written(&name, &failure);
-                continue;
-            }
-            if definition.reload.is_some()
-                && let Some(live) = self.live.get_mut(&name)
-            {
-                let earliest = live.last_hook.map_or_else(Instant::now, |last| last + HOOK_INTERVAL);
-                live.hook_due = Some(live.hook_due.map_or(earliest, |due| due.min(earliest)));
-            }
+            self.rewrite(&name).await;
+        }
+    }
+
+    /// Writes again what is in a folder, with what changed beside the pair, and lets the hook know.
+    async fn rewrite(&mut self, name: &str) {
+        let Some(record) = self.records.get(name) else { return };
+        // What is in the folder now: a candidate only while its hook runs.
+        let running = self.live.get(name).is_some_and(|live| live.hook_running);
+        let material = match running {
+            true => record.newest(),
+            false => record.published.as_ref().or(record.candidate.as_ref()),
+        };
+        let Some(material) = material.cloned() else { return };
+        let definition = record.definition.clone();
+        if let Err(failure) = self.write(&definition, &material).await {
+            self.not_written(name, &failure);
+            return;
+        }
+        if definition.reload.is_some()
+            && let Some(live) = self.live.get_mut(name)
+        {
+            let earliest = live.last_hook.map_or_else(Instant::now, |last| last + HOOK_INTERVAL);
+            live.hook_due = Some(live.hook_due.map_or(earliest, |due| due.min(earliest)));
+        }
+    }
+
+    /// Asks for the OCSP response of a server's certificate when there is none or it gets old.
+    pub(super) fn ask_staple(&mut self, name: &str) {
+        let Some(record) = self.records.get(name) else { return };
+        let Some(live) = self.live.get_mut(name) else { return };
+        let busy = live.stapling || live.issuing || live.hook_running;
+        let early = live.staple_after.is_some_and(|after| after > Instant::now());
+        if busy || early || record.stopped {
+            return;
+        }
+        // A candidate gets its own once the service has taken it.
+        let Some(material) = record.published.as_ref().filter(|_| record.candidate.is_none()) else { return };
+        if !material.wants_staple(self.parts.clock.now()) {
+            return;
+        }
+        let (Ok(channel), Some(issuer)) = (self.parts.uplink.open_channel(), material.issuers.first()) else {
+            return;
+        };
+        live.stapling = true;
+        let asked = (material.serial.clone(), issuer.clone());
+        let (name, clock) = (name.to_owned(), self.parts.clock.clone());
+        self.jobs.spawn(async move {
+            let serial = asked.0.clone();
+            Done::Stapled { name, serial, result: issue::staple(channel, asked, &clock).await }
+        });
+    }
+
+    pub(super) async fn stapled(
+        &mut self,
+        name: &str,
+        serial: &[u8],
+        result: Result<Option<Staple>, Failure>,
+    ) {
+        let Some(live) = self.live.get_mut(name) else { return };
+        live.stapling = false;
+        live.staple_after = Some(Instant::now() + STAPLE_INTERVAL);
+        let staple = match result {
+            Ok(Some(staple)) => staple,
+            Ok(None) => return,
+            Err(failure) => return tracing::debug!(name, %failure, "no OCSP response"),
+        };
+        let Some(record) = self.records.get_mut(name) else { return };
+        let Some(material) = record.published.as_mut().filter(|material| material.serial == serial) else {
+            return;
+        };
+        let changed = material.staple.as_ref().is_none_or(|old| old.der != staple.der);
+        material.staple = Some(staple);
+        self.save();
+        if changed {
+            self.rewrite(name).await;
         }
     }
 

@@ -39,6 +39,7 @@ impl Fixture {
             out,
             profile: "server".into(),
             ttl_secs: 0,
+            key_type: String::new(),
             owner: None,
             mode: 0o600,
             reload: Some(reload.into()),
@@ -65,7 +66,7 @@ impl Fixture {
             live: [(NAME.to_owned(), Live::default())].into(),
             jobs: JoinSet::new(),
             crls: Arc::new(mesh.crls(1, &[])),
-            granted: Vec::new(),
+            terms: Terms::default(),
         };
         let published = task.records[NAME].published.clone().unwrap();
         task.write(&definition, &published).await.unwrap();
@@ -103,6 +104,8 @@ fn material(mesh: &TestMesh, identity: &Identity) -> Material {
         serial: read.serial.as_bytes().to_vec(),
         not_before: read.not_before.unix_timestamp(),
         not_after: read.not_after.unix_timestamp(),
+        staples: true,
+        staple: None,
     }
 }
 
@@ -184,4 +187,59 @@ async fn the_controllers_word_stops_a_pair_and_orders_a_new_key() {
     assert!(fixture.record().request.is_none());
     // On disk before anything is sent.
     assert!(fixture.task.parts.state.pairs().unwrap()[NAME].reissued);
+}
+
+#[tokio::test]
+async fn a_pair_that_policy_refuses_says_why_and_waits_for_another_policy() {
+    let mut fixture = Fixture::new("true").await;
+    fixture.task.records.get_mut(NAME).unwrap().candidate = None;
+    fixture.task.live.get_mut(NAME).unwrap().judge = false;
+    let own = |policy_version| pb::Own { policy_version, ..Default::default() };
+    fixture.task.take_own(&own(2));
+    assert!(fixture.task.live[NAME].judge, "a new policy is asked about at once");
+    let refusal = Failure::new(ErrorCode::NameOutsideProfile, "no rule gives it", "ask for another name");
+    fixture.task.judged(NAME, Ok(Some(refusal.clone())));
+    let shown = fixture.task.list().remove(0);
+    assert_eq!((&*shown.state, &*shown.problem), ("failing", "E0572: no rule gives it; not renewed"));
+    assert!(fixture.task.parts.findings.list()[0].what.contains("E0572"));
+    // A reload of the service, for a new CRL say, changes nothing about it.
+    fixture.run_hook().await;
+    assert_eq!(fixture.task.list()[0].state, "failing");
+    assert!(fixture.task.live[NAME].judge_after.is_some(), "it is asked again, but not in a loop");
+    fixture.task.take_own(&own(3));
+    assert!(fixture.task.live[NAME].judge && fixture.task.live[NAME].judge_after.is_none());
+    fixture.task.judged(NAME, Ok(None));
+    assert_eq!(fixture.task.list()[0].state, "ok");
+    assert!(fixture.task.parts.findings.list().is_empty());
+    // The controller's refusal of a renewal is the same.
+    fixture.task.not_issued(NAME, refusal);
+    assert!(fixture.task.live[NAME].refused.is_some() && fixture.task.live[NAME].ask_after.is_none());
+    assert!(fixture.record().published.is_some(), "what is there stays");
+}
+
+#[tokio::test]
+async fn a_new_ocsp_response_is_written_beside_the_pair_and_told_to_the_service() {
+    let mut fixture = Fixture::new("true").await;
+    fixture.task.records.get_mut(NAME).unwrap().candidate = None;
+    let serial = fixture.record().published.as_ref().unwrap().serial.clone();
+    let file = fixture.record().definition.out.join("ocsp.der");
+    assert!(!file.exists());
+    let now = fixture.mesh.now.unix_timestamp();
+    let staple = |mark: u8| Staple { der: Der(vec![mark]), taken_at: now, next_update: now + 86_400 };
+    fixture.task.stapled(NAME, &serial, Ok(Some(staple(1)))).await;
+    assert_eq!(std::fs::read(&file).unwrap(), [1]);
+    assert!(fixture.task.live[NAME].hook_due.is_some(), "the service is told");
+    // One about a certificate that was replaced meanwhile is of no use.
+    fixture.task.stapled(NAME, &[0x47; 16], Ok(Some(staple(2)))).await;
+    assert_eq!(std::fs::read(&file).unwrap(), [1]);
+    let published = fixture.record().published.clone().unwrap();
+    let at = |seconds: i64| fixture.mesh.now + time::Duration::seconds(seconds);
+    assert!(!published.wants_staple(at(28_000)) && published.wants_staple(at(28_801)), "after a third");
+    assert!(!Material { staples: false, staple: None, ..published }.wants_staple(at(0)), "not for everyone");
+    // A new certificate without a response takes the old one's away.
+    let mesh = &fixture.mesh;
+    let next = material(mesh, &fixture.identity);
+    fixture.task.records.get_mut(NAME).unwrap().candidate = Some(next);
+    fixture.run_hook().await;
+    assert!(!file.exists() && std::fs::symlink_metadata(&file).is_err());
 }
