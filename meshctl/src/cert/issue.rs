@@ -5,13 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mesh_ca::{CSR_BYTES_MAX, Csr, CsrError, LeafKey, bundle};
+use mesh_ca::{CSR_BYTES_MAX, Csr, CsrError, KeyAlgorithm, LeafKey, bundle};
 use mesh_proto::v1::{
     self as pb, ErrorCode, certificates_client::CertificatesClient, local_client::LocalClient,
 };
 
 use super::{
-    Facts, document,
+    Facts, document, explain,
     folder::{self, Owner, Part},
     nobody_renews, pair_document,
 };
@@ -35,9 +35,21 @@ pub(crate) struct Issue {
     /// Sign this CSR (`-` is stdin) and print the chain; the key stays where it is
     #[arg(long, value_name = "FILE", conflicts_with_all = ["out", "owner", "mode", "reload", "rotate_key"])]
     csr: Option<PathBuf>,
-    /// What it is for: server, client, or peer (both, with a SPIFFE ID)
-    #[arg(long, value_parser = ["server", "client", "peer"], default_value = "server")]
+    /// What it is for: server, client, peer (both, with a SPIFFE ID), or a profile of the policy
+    #[arg(long, default_value = "server")]
     profile: String,
+    /// Type of the key: ecdsa-p256, ecdsa-p384, ed25519, rsa-2048, rsa-3072 or rsa-4096
+    #[arg(long, value_name = "TYPE", value_parser = parse_key_type, conflicts_with = "csr")]
+    key_type: Option<KeyAlgorithm>,
+    /// Only say whether policy would allow it; issues nothing; exit 4 if it would not
+    #[arg(long)]
+    dry_run: bool,
+    /// With --dry-run: which rule allows or refuses each name
+    #[arg(long, requires = "dry_run")]
+    explain: bool,
+    /// With --dry-run, on a controller: for a service of this node
+    #[arg(long, requires = "dry_run")]
+    node: Option<String>,
     /// How long it lives
     #[arg(long, value_name = "TIME")]
     ttl: Option<Span>,
@@ -64,8 +76,17 @@ fn parse_mode(text: &str) -> Result<u32, &'static str> {
     }
 }
 
+fn parse_key_type(text: &str) -> Result<KeyAlgorithm, String> {
+    KeyAlgorithm::GENERATED.into_iter().find(|known| known.to_string() == text).ok_or_else(|| {
+        format!("known are {}", KeyAlgorithm::GENERATED.map(|known| known.to_string()).join(", "))
+    })
+}
+
 impl Issue {
     pub(crate) async fn run(self, app: &App) -> Result<Exit> {
+        if self.dry_run {
+            return self.explain(app).await;
+        }
         match (&self.csr, app.places.is_node()) {
             (Some(csr), _) => self.sign(app, csr).await,
             (None, true) => self.on_node(app).await,
@@ -84,6 +105,7 @@ impl Issue {
             mode: self.mode.unwrap_or(0),
             reload: self.reload.clone().unwrap_or_default(),
             rotate_key: self.rotate_key,
+            key_type: self.key_type.map(|key| key.to_string()).unwrap_or_default(),
         };
         let pair =
             app.ask_node(client!(LocalClient<_>, app.node().await?).issue_certificate(request)).await?;
@@ -112,7 +134,8 @@ impl Issue {
         let out = absolute(self.out.as_deref().unwrap_or(Path::new(name)))?;
         folder::check(&out)?;
         let owner = self.owner.as_deref().map(Owner::find).transpose()?;
-        let key = LeafKey::generate().map_err(|error| internal("make a key", &error))?;
+        let key = LeafKey::generate_for(self.key_type.unwrap_or_default())
+            .map_err(|error| internal("make a key", &error))?;
         let csr = Csr::create(&key).map_err(|error| internal("make a CSR", &error))?;
         let answer = self.request(app, csr, self.names.clone()).await?;
         let leaf = Facts::read(&answer.leaf)?;
@@ -148,11 +171,7 @@ impl Issue {
     }
 
     async fn sign(&self, app: &App, path: &Path) -> Result<Exit> {
-        let csr = Csr::parse(&read_csr(path)?).map_err(|error| {
-            Failure::new(ErrorCode::CsrInvalid, "this is not a CSR")
-                .why(error.to_string())
-                .next("make one with `openssl req -new`")
-        })?;
+        let csr = parse_csr(path)?;
         let names = if self.names.is_empty() { names_in(&csr)? } else { self.names.clone() };
         let answer = self.request(app, csr.der().to_vec(), names).await?;
         let (chain, roots, _) = texts(&answer);
@@ -166,6 +185,33 @@ impl Issue {
             app.out.write(&chain);
         }
         Ok(Exit::Done)
+    }
+
+    async fn explain(&self, app: &App) -> Result<Exit> {
+        let (mut names, mut key) = (self.names.clone(), self.key_type.unwrap_or_default());
+        if let Some(path) = &self.csr {
+            let csr = parse_csr(path)?;
+            key = csr.clone().verify().map_err(csr_refused)?.public_key().algorithm();
+            if names.is_empty() {
+                names = names_in(&csr)?;
+            }
+        }
+        let request = pb::ExplainRequest {
+            names,
+            profile: self.profile.clone(),
+            ttl_secs: self.ttl.map_or(0, Span::seconds),
+            key_type: key.to_string(),
+            node: self.node.clone().unwrap_or_default(),
+        };
+        let answer = match app.places.is_node() && self.node.is_none() {
+            true => {
+                app.ask_node(client!(LocalClient<_>, app.node().await?).explain_certificate(request)).await?
+            }
+            false => {
+                app.ask(client!(CertificatesClient<_>, app.controller().await?).explain(request)).await?
+            }
+        };
+        Ok(explain::report(app, &self.profile, &answer, self.explain))
     }
 
     async fn request(&self, app: &App, csr: Vec<u8>, names: Vec<String>) -> Result<pb::IssueResponse> {
@@ -191,20 +237,29 @@ fn texts(answer: &pb::IssueResponse) -> (String, String, String) {
     )
 }
 
+fn parse_csr(path: &Path) -> Result<Csr> {
+    Csr::parse(&read_csr(path)?).map_err(|error| {
+        Failure::new(ErrorCode::CsrInvalid, "this is not a CSR")
+            .why(error.to_string())
+            .next("make one with `openssl req -new`")
+    })
+}
+
+fn csr_refused(error: CsrError) -> Failure {
+    let code = match error {
+        CsrError::Signature | CsrError::SignatureAlgorithm => ErrorCode::CsrSignature,
+        CsrError::Key(_) => ErrorCode::KeyWeak,
+        CsrError::AsksForCa | CsrError::KeyUsage => ErrorCode::CsrNotALeaf,
+        _ => ErrorCode::CsrInvalid,
+    };
+    Failure::new(code, "the CSR is not good")
+        .why(error.to_string())
+        .next(format!("see `meshctl explain E{:04}`", code as i32))
+}
+
 /// The DNS names and addresses a CSR asks for: what is signed where no NAME was given.
 fn names_in(csr: &Csr) -> Result<Vec<String>> {
-    let refused = |error: CsrError| {
-        let code = match error {
-            CsrError::Signature | CsrError::SignatureAlgorithm => ErrorCode::CsrSignature,
-            CsrError::Key(_) => ErrorCode::KeyWeak,
-            CsrError::AsksForCa | CsrError::KeyUsage => ErrorCode::CsrNotALeaf,
-            _ => ErrorCode::CsrInvalid,
-        };
-        Failure::new(code, "the CSR is not good")
-            .why(error.to_string())
-            .next(format!("see `meshctl explain E{:04}`", code as i32))
-    };
-    let verified = csr.clone().verify().map_err(refused)?;
+    let verified = csr.clone().verify().map_err(csr_refused)?;
     let asked = verified.requested_names();
     let dns = asked.dns.iter().map(|name| name.as_str().to_owned());
     let names: Vec<String> = dns.chain(asked.ips.iter().map(ToString::to_string)).collect();

@@ -44,7 +44,11 @@ fn state(certificate: &pb::Certificate, now: i64) -> (String, Tone) {
             if certificate.reason.is_empty() { String::new() } else { format!(", {}", certificate.reason) };
         return (format!("revoked {}{reason}", ago(certificate.revoked_at, now)), Tone::Bad);
     }
-    if certificate.not_after <= now { ("ended".to_owned(), Tone::Dim) } else { ("ok".to_owned(), Tone::Good) }
+    match (certificate.not_after <= now, certificate.refused_code.as_str()) {
+        (true, _) => ("ended".to_owned(), Tone::Dim),
+        (false, "") => ("ok".to_owned(), Tone::Good),
+        (false, code) => (format!("ok, not renewed: {code}"), Tone::Warn),
+    }
 }
 
 /// A certificate as JSON.
@@ -60,6 +64,7 @@ pub(crate) fn document(certificate: &pb::Certificate) -> Value {
         "notBefore": rfc3339(certificate.not_before), "notAfter": rfc3339(certificate.not_after),
         "revokedAt": rfc3339(certificate.revoked_at), "reason": certificate.reason,
         "keySha256": hex::encode(&certificate.key_hash), "issuerKeyId": hex::encode(&certificate.issuer_key_id),
+        "refusedCode": certificate.refused_code, "refusedWhy": certificate.refused_why,
     })
 }
 
@@ -81,6 +86,13 @@ pub(super) fn describe(certificate: &pb::Certificate, now: i64) -> Vec<String> {
             ),
         ),
         ("key", fingerprint(&certificate.key_hash)),
+        (
+            "policy",
+            match certificate.refused_code.as_str() {
+                "" => String::new(),
+                code => format!("not renewed: {code}: {}", certificate.refused_why),
+            },
+        ),
     ];
     lines(&certificate.name, &paint(tone, &safe(&state)), &facts)
 }
@@ -183,7 +195,7 @@ mod tests {
         };
         assert_eq!(
             document(&certificate).to_string(),
-            r#"{"serial":"1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f","name":"","names":["api.mesh.internal"],"profile":"","spiffe":"","owner":"","state":"revoked","notBefore":null,"notAfter":null,"revokedAt":"2027-01-15T08:00:00Z","reason":"","keySha256":"","issuerKeyId":""}"#
+            r#"{"serial":"1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f","name":"","names":["api.mesh.internal"],"profile":"","spiffe":"","owner":"","state":"revoked","notBefore":null,"notAfter":null,"revokedAt":"2027-01-15T08:00:00Z","reason":"","keySha256":"","issuerKeyId":"","refusedCode":"","refusedWhy":""}"#
         );
     }
 }

@@ -1,5 +1,6 @@
 //! `meshctl cert`: certificates of services and people.
 
+mod explain;
 mod file;
 mod folder;
 mod inspect;

@@ -320,6 +320,41 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "An operator revoked this name with `cert revoke`; nobody renews it until it is issued again by hand.",
             "`meshctl cert issue NAME` starts it again.",
         ),
+        ErrorCode::ProfileUnknown => (
+            "no such profile",
+            "server, client and peer are built in. Every other name is a profile that policy.toml defines as [profile.NAME]; the policy in force has none of this name. Nothing was issued. A pair that is there stays until it ends.",
+            "`meshctl policy show` lists the profiles in force; apply a policy that has it, or issue under another profile.",
+        ),
+        ErrorCode::ProfileNotGiven => (
+            "the profile is not for this node",
+            "No [[profile.NAME.names]] of the profile has this node, by name or tag, in its \"to\". What no rule gives is refused. Custom profiles are for nodes: an operator's machine cannot use one.",
+            "Tag the node (`meshctl node tag NODE +TAG`), add a rule to the profile, or use another one.",
+        ),
+        ErrorCode::NameOutsideProfile => (
+            "the profile does not give this name",
+            "No rule of the profile gives this name or address to this node: neither \"exact\" nor \"below\", nor \"own\" for what is the node's. Names of other nodes, reserved names and names outside the domain are given by no profile.",
+            "`meshctl cert issue --dry-run --explain NAME --profile P` shows each name and its rule; change the name or the profile.",
+        ),
+        ErrorCode::KeyOutsideProfile => (
+            "the profile does not allow this type of key",
+            "The profile lists the types of keys that it certifies; without a list that is ecdsa-p256 alone.",
+            "Choose another with --key-type, or add the type to \"keys\" of the profile.",
+        ),
+        ErrorCode::LifetimeOutsideProfile => (
+            "the profile does not allow so long a life",
+            "More was asked for than the profile's lifetime_max.",
+            "Leave --ttl out, ask for less, or raise lifetime_max (at most 90d; 10d for short-lived).",
+        ),
+        ErrorCode::ServiceOutsideProfile => (
+            "the profile does not give this SPIFFE ID",
+            "A certificate of kind peer carries spiffe://DOMAIN/service/NODE/NAME. NODE is always the node itself; NAME is the first label of the pair's first name, and no \"services\" of a rule for this node has it.",
+            "Put another name first, or add it to \"services\" of the profile; \"*\" is every name.",
+        ),
+        ErrorCode::ProfileChanged => (
+            "the profile was changed meanwhile",
+            "A new policy came into force between the making of the certificate and its record. The certificate was dropped.",
+            "Ask again; a node does so by itself.",
+        ),
         ErrorCode::NodeNotFound => {
             ("there is no such node", "No node has that name.", "`meshctl node ls` shows all.")
         }
