@@ -11,7 +11,7 @@ use mesh_core::{Command, World};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken};
 use mesh_store::{Head, Journal, Snapshots};
-use tokio::net::{TcpListener, UdpSocket, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 use tokio_rustls::TlsAcceptor;
 use tonic::service::Routes;
 
@@ -50,6 +50,7 @@ use crate::sync::SyncHub;
 use crate::throttle::Throttle;
 use crate::tls::server_config;
 use crate::token::{TokenFacts, TokenSecrets};
+use crate::udp_port::UdpPort;
 use crate::underlay;
 use crate::views::Views;
 use crate::web::{Web, WebParts, WebSocket};
@@ -82,7 +83,7 @@ pub struct Controller {
     unix: UnixListener,
     web: Web,
     web_sockets: Vec<WebSocket>,
-    udp: Option<Arc<UdpSocket>>,
+    udp: Option<Arc<UdpPort>>,
     socket: PathBuf,
     snapshots: SnapshotTaker,
     sightings: Sightings,

@@ -53,6 +53,7 @@ mod presence;
 mod relay;
 mod sightings;
 mod sync;
+mod udp_port;
 mod underlay;
 mod views;
 

@@ -3,7 +3,6 @@
 //! second than the limit says.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,7 +15,6 @@ use mesh_core::relay::{
 };
 use mesh_proto::v1 as pb;
 use mesh_runtime::SharedClock;
-use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -24,6 +22,7 @@ use tonic::{Status, Streaming};
 use crate::gate::Connection;
 use crate::limits::{RELAY_BURST_BYTES_MIN, RELAY_QUEUE_MAX, RELAY_UDP_PAYLOAD_MAX, RELAY_UDP_TTL};
 use crate::status::Problem;
+use crate::udp_port::{UdpPort, Way};
 use crate::views::Views;
 
 /// Serves the relay sessions of all nodes.
@@ -36,7 +35,7 @@ struct Hub {
     clock: SharedClock,
     bytes_per_second: u64,
     /// The socket that STUN uses too; none until it is bound, or if UDP is off.
-    udp: OnceLock<(Arc<UdpSocket>, u16)>,
+    udp: OnceLock<(Arc<UdpPort>, u16)>,
     sessions: Mutex<Sessions>,
 }
 
@@ -63,8 +62,8 @@ struct Traffic {
     bucket: Bucket,
     window: Window,
     counters: Counters,
-    /// Where its newest frame came from by UDP, and when. None once it uses the stream instead.
-    udp: Option<(SocketAddr, Instant)>,
+    /// The way back of its newest frame by UDP, and when that came. None once it uses the stream instead.
+    udp: Option<(Way, Instant)>,
     /// Whom it may send to, as World was at this record.
     visible: (u64, BTreeMap<NodeId, bool>),
 }
@@ -91,7 +90,7 @@ impl RelayHub {
     }
 
     /// From now on frames go out by this socket, which is bound to `port`.
-    pub(crate) fn use_udp(&self, socket: Arc<UdpSocket>, port: u16) {
+    pub(crate) fn use_udp(&self, socket: Arc<UdpPort>, port: u16) {
         // Set once, before the first request is served.
         let _ = self.0.udp.set((socket, port));
     }
@@ -143,7 +142,7 @@ impl RelayHub {
     }
 
     /// Takes a frame that came by UDP. Whatever is wrong with it, nobody is told.
-    pub(crate) fn take_frame(&self, bytes: &[u8], from: SocketAddr) {
+    pub(crate) fn take_frame(&self, bytes: &[u8], way: Way) {
         let Some(session) = mesh_core::relay::session_of(bytes).and_then(|id| self.0.by_id(id)) else {
             return;
         };
@@ -156,7 +155,7 @@ impl RelayHub {
             }
             // An older frame that was held up must not lead the answers back to where it came from.
             if is_newest {
-                traffic.udp = Some((from, self.0.clock.now()));
+                traffic.udp = Some((way, self.0.clock.now()));
             }
         }
         match frame.peer {
@@ -267,12 +266,12 @@ impl Hub {
         let now = self.clock.now();
         let mut traffic = target.traffic();
         let fresh = |at: Instant| now.saturating_duration_since(at) < RELAY_UDP_TTL;
-        let Some((to, _)) = traffic.udp.filter(|(_, at)| fresh(*at)) else { return false };
+        let Some((way, _)) = traffic.udp.filter(|(_, at)| fresh(*at)) else { return false };
         let Some(counter) = traffic.counters.draw() else { return false };
         drop(traffic);
         let frame = Frame { counter, peer, datagram };
         let Ok(bytes) = target.codec.seal(Direction::ToNode, frame) else { return false };
-        socket.try_send_to(&bytes, to).is_ok()
+        socket.try_send(&bytes, way).is_ok()
     }
 
     fn by_id(&self, id: SessionId) -> Option<Arc<Session>> {

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use mesh_core::rate::Bucket;
 use mesh_core::{relay, stun};
 use mesh_runtime::{SharedClock, ShutdownToken};
-use tokio::net::UdpSocket;
 
 use crate::config::StunListen;
 use crate::error::StartupError;
 use crate::limits::{STUN_BURST, STUN_PER_SECOND, STUN_SOURCES_MAX};
 use crate::relay::RelayHub;
+use crate::udp_port::UdpPort;
 
 /// Largest datagram that is read, bytes; longer ones are cut, and then are no frames.
 const DATAGRAM_BYTES_MAX: usize = relay::DATAGRAM_BYTES_MAX + relay::OVERHEAD_BYTES + 1;
@@ -26,16 +26,13 @@ const ERROR_PAUSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// [`StartupError`] if the address was asked for and cannot be had.
-pub(crate) async fn bind(
-    wanted: StunListen,
-    tls: SocketAddr,
-) -> Result<Option<Arc<UdpSocket>>, StartupError> {
+pub(crate) async fn bind(wanted: StunListen, tls: SocketAddr) -> Result<Option<Arc<UdpPort>>, StartupError> {
     let address = match wanted {
         StunListen::Off => return Ok(None),
         StunListen::At(address) => address,
         StunListen::LikeTls => tls,
     };
-    match UdpSocket::bind(address).await {
+    match UdpPort::bind(address).await {
         Ok(socket) => Ok(Some(Arc::new(socket))),
         Err(error) if wanted == StunListen::LikeTls => {
             tracing::warn!(%address, %error, "no UDP port: nodes behind NAT meet only by the relay over TLS");
@@ -50,7 +47,7 @@ pub(crate) async fn bind(
 
 /// Answers until `stop` is cancelled.
 pub(crate) async fn serve(
-    socket: Arc<UdpSocket>,
+    socket: Arc<UdpPort>,
     relay: Option<RelayHub>,
     clock: SharedClock,
     stop: ShutdownToken,
@@ -60,9 +57,9 @@ pub(crate) async fn serve(
     loop {
         let received = tokio::select! {
             () = stop.cancelled() => return,
-            received = socket.recv_from(&mut datagram) => received,
+            received = socket.receive(&mut datagram) => received,
         };
-        let (length, from) = match received {
+        let (length, way) = match received {
             Ok(received) => received,
             // An ICMP error for something sent earlier, as a rule.
             Err(error) => {
@@ -74,13 +71,13 @@ pub(crate) async fn serve(
         let bytes = &datagram[..length];
         if relay::session_of(bytes).is_some() {
             if let Some(relay) = &relay {
-                relay.take_frame(bytes, from);
+                relay.take_frame(bytes, way);
             }
         } else if let Ok(transaction) = stun::parse_request(bytes)
-            && sources.admit(from.ip(), clock.now())
+            && sources.admit(way.to.ip(), clock.now())
         {
             // If it cannot be sent now the node asks again.
-            let _ = socket.try_send_to(&stun::binding_response(transaction, from), from);
+            let _ = socket.try_send(&stun::binding_response(transaction, way.to), way);
         }
     }
 }
@@ -117,6 +114,7 @@ fn subscriber(source: IpAddr) -> IpAddr {
 mod tests {
     use mesh_core::stun::TransactionId;
     use mesh_runtime::SystemClock;
+    use tokio::net::UdpSocket;
 
     use super::*;
 
