@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use mesh_lab::Lab;
 use mesh_tests::{Fleet, fleet_test};
-use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, Tunnel, TunnelConfig};
+use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, Tunnel, TunnelBuilder};
 use nix::sys::signal::Signal;
 
 /// Between two echoes, and the longest time without any that a change of keys may cost.
@@ -61,20 +61,12 @@ fn pose(
 ) -> Box<dyn Tunnel> {
     let public_key: PublicKey = public_key(fleet, name).parse().unwrap();
     let endpoint = (fleet.host(name).ipv4().unwrap(), 51820).into();
-    let config = TunnelConfig {
-        interface: interface.to_owned(),
-        mtu: 1420,
-        listen_port: 0,
-        private_key: PrivateKey::from_bytes(private),
-        fwmark: None,
-    };
-    let tunnel = fleet.host(outsider).run(|| mesh_tunnel::open(config)).unwrap().unwrap();
+    let builder = TunnelBuilder::new(interface, PrivateKey::from_bytes(private));
+    let tunnel = fleet.host(outsider).run(|| builder.open()).unwrap().unwrap();
     let peer = PeerConfig {
-        public_key,
-        preshared_key: None,
         endpoint: Some(endpoint),
-        allowed_ips: Vec::new(),
         persistent_keepalive: Some(Duration::from_secs(1)),
+        ..PeerConfig::new(public_key)
     };
     tunnel.set_peer(peer).unwrap();
     tunnel

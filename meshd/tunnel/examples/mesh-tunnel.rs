@@ -7,6 +7,7 @@
 //!   WG_MTU               bytes (default 1420)
 //!   WG_BACKEND           auto, kernel or userspace (default userspace, whose socket `wg` is served on)
 //!   WG_FWMARK            mark of outer packets (default none)
+//!   WG_QUEUES            queues of the interface, 1 to 16 (default by the number of cores)
 //!   WG_ADDRESSES         10.0.0.1/24,fd00::1/64: given to the interface with `ip addr add`
 //!   WG_PEERS             peers separated by ';', each: KEY [endpoint=IP:PORT] [allowed-ips=A,B] [keepalive=SECONDS]
 //! ```
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_tunnel::{
-    Backend, BackendKind, PeerConfig, PrivateKey, Tunnel, TunnelConfig, TunnelEvent, Uapi, UapiAccess,
+    Backend, BackendKind, PeerConfig, PrivateKey, Tunnel, TunnelBuilder, TunnelEvent, Uapi, UapiAccess,
 };
 use rand::RngCore;
 use zeroize::Zeroizing;
@@ -40,14 +41,15 @@ fn main() -> Fallible<()> {
         Ok("userspace") | Err(_) => Backend::Userspace,
         Ok(other) => return Err(format!("WG_BACKEND={other} is not auto, kernel or userspace").into()),
     };
-    let config = TunnelConfig {
-        interface,
-        mtu: number("WG_MTU")?.unwrap_or(1420),
-        listen_port: number("WG_LISTEN_PORT")?.unwrap_or(0),
-        private_key,
-        fwmark: number("WG_FWMARK")?,
-    };
-    let tunnel: Arc<dyn Tunnel> = mesh_tunnel::open_on(config, backend)?.into();
+    let mut builder = TunnelBuilder::new(interface, private_key)
+        .mtu(number("WG_MTU")?.unwrap_or(1420))
+        .listen_port(number("WG_LISTEN_PORT")?.unwrap_or(0))
+        .fwmark(number("WG_FWMARK")?)
+        .backend(backend);
+    if let Some(queues) = number("WG_QUEUES")? {
+        builder = builder.queues(queues);
+    }
+    let tunnel: Arc<dyn Tunnel> = builder.open()?.into();
     // The kernel's interface is `wg`'s to show already.
     let _uapi = match tunnel.backend().kind {
         BackendKind::Kernel => None,
@@ -88,13 +90,7 @@ fn peers(text: &str) -> Fallible<Vec<PeerConfig>> {
 
 fn peer(text: &str) -> Fallible<PeerConfig> {
     let mut words = text.split_whitespace();
-    let mut peer = PeerConfig {
-        public_key: words.next().unwrap_or_default().parse()?,
-        preshared_key: None,
-        endpoint: None,
-        allowed_ips: Vec::new(),
-        persistent_keepalive: None,
-    };
+    let mut peer = PeerConfig::new(words.next().unwrap_or_default().parse()?);
     for word in words {
         match word.split_once('=') {
             Some(("endpoint", value)) => peer.endpoint = Some(value.parse()?),

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::StaticSecret;
-use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, Tunnel, TunnelConfig};
+use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, Tunnel, TunnelBuilder};
 
 type Fallible<T> = Result<T, Box<dyn Error>>;
 
@@ -53,22 +53,13 @@ fn hub(peers: u32, crowd: bool) -> Fallible<()> {
     if !status.success() {
         return Err("cannot bring loopback up; try `unshare -Urn`".into());
     }
-    let tunnel = mesh_tunnel::open(TunnelConfig {
-        interface: "scale%d".into(),
-        mtu: 1420,
-        listen_port: 0,
-        private_key: PrivateKey::from_bytes([9; 32]),
-        fwmark: None,
-    })?;
+    let tunnel = TunnelBuilder::new("scale%d", PrivateKey::from_bytes([9; 32])).open()?;
     let start = Instant::now();
     for peer in 0..peers {
         let address = Ipv4Addr::from(0x0a00_0000 + peer);
         tunnel.set_peer(PeerConfig {
-            public_key: PrivateKey::from_bytes(secret(peer)).public(),
-            preshared_key: None,
-            endpoint: None,
             allowed_ips: vec![ipnet::IpNet::from(std::net::IpAddr::from(address))],
-            persistent_keepalive: None,
+            ..PeerConfig::new(PrivateKey::from_bytes(secret(peer)).public())
         })?;
     }
     println!("add_s {:.3}", start.elapsed().as_secs_f64());

@@ -37,6 +37,17 @@ pub struct PeerConfig {
 }
 
 impl PeerConfig {
+    /// A peer with nothing but its key: no endpoint, no allowed IPs, no keepalive.
+    pub fn new(public_key: PublicKey) -> Self {
+        Self {
+            public_key,
+            preshared_key: None,
+            endpoint: None,
+            allowed_ips: Vec::new(),
+            persistent_keepalive: None,
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<(), TunnelError> {
         PublicKey::checked(self.public_key.0)
             .map_err(|source| TunnelError::PeerKey { peer: self.public_key, source })?;
@@ -72,18 +83,14 @@ impl fmt::Debug for PeerConfig {
     }
 }
 
-/// One interface.
+/// One interface, as [`TunnelBuilder`](crate::TunnelBuilder) has put it together.
 #[derive(Clone)]
-pub struct TunnelConfig {
-    /// 1 to 15 bytes; `mesh%d` lets the kernel number it.
-    pub interface: String,
-    /// Largest inner packet, bytes, 576 to 65455. 1420 fits a 1500-byte underlay of either family.
-    pub mtu: u16,
-    /// UDP port for both families; 0 takes any that is free in both.
-    pub listen_port: u16,
-    pub private_key: PrivateKey,
-    /// Mark of outer packets (`SO_MARK`), for policy routing.
-    pub fwmark: Option<u32>,
+pub(crate) struct TunnelConfig {
+    pub(crate) interface: String,
+    pub(crate) mtu: u16,
+    pub(crate) listen_port: u16,
+    pub(crate) private_key: PrivateKey,
+    pub(crate) fwmark: Option<u32>,
 }
 
 impl TunnelConfig {

@@ -7,23 +7,18 @@
 //! inner-source check, roaming, the cookie rate limiter, timers, retries) is here.
 //!
 //! ```no_run
-//! use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, TunnelConfig};
+//! use mesh_tunnel::{PeerConfig, PrivateKey, PublicKey, TunnelBuilder};
 //! use std::time::Duration;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let tunnel = mesh_tunnel::open(TunnelConfig {
-//!     interface: "wg0".into(),
-//!     mtu: 1420,
-//!     listen_port: 51820,
-//!     private_key: "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=".parse()?,
-//!     fwmark: None,
-//! })?;
+//! let key: PrivateKey = "yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=".parse()?;
+//! let tunnel = TunnelBuilder::new("wg0", key).listen_port(51820).open()?;
+//! let peer: PublicKey = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".parse()?;
 //! tunnel.set_peer(PeerConfig {
-//!     public_key: "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=".parse::<PublicKey>()?,
-//!     preshared_key: None,
 //!     endpoint: Some("192.0.2.7:51820".parse()?),
 //!     allowed_ips: vec!["10.0.0.2/32".parse()?, "fd00::2/128".parse()?],
 //!     persistent_keepalive: Some(Duration::from_secs(25)),
+//!     ..PeerConfig::new(peer)
 //! })?;
 //! // Addresses and routes are the caller's: `ip addr add 10.0.0.1/24 dev wg0`.
 //! while let Some(event) = tunnel.events().recv() {
@@ -33,6 +28,7 @@
 //! # }
 //! ```
 
+mod builder;
 mod config;
 mod error;
 mod event;
@@ -62,13 +58,11 @@ mod uapi;
 mod udp;
 mod wake;
 
-pub use config::{PeerConfig, TunnelConfig};
+pub use builder::TunnelBuilder;
+pub use config::PeerConfig;
 pub use detour::{DatagramSink, VIRTUAL_NETWORK, is_virtual};
 pub use error::TunnelError;
 pub use event::{Events, RecvTimeoutError, TunnelEvent};
 pub use key::{KeyError, PresharedKey, PrivateKey, PublicKey};
-pub use tunnel::{
-    Backend, BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tuning, Tunnel, open, open_on,
-    open_tuned, open_with,
-};
+pub use tunnel::{Backend, BackendInfo, BackendKind, Counters, Offloads, PeerStats, Tunnel};
 pub use uapi::{Uapi, UapiAccess};

@@ -3,12 +3,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::config::{PeerConfig, TunnelConfig};
+use crate::config::PeerConfig;
 use crate::detour::DatagramSink;
-use crate::engine::Userspace;
 use crate::error::TunnelError;
 use crate::event::Events;
-use crate::kernel::{self, Kernel};
 use crate::key::{PrivateKey, PublicKey};
 
 /// One WireGuard interface. Calls may come from any thread; none of them waits for the network.
@@ -114,15 +112,13 @@ pub trait Tunnel: Send + Sync {
 
     /// The other side of a peer's change of keys: `to` is the same peer as `from` under its new key. The
     /// allowed IPs move in one step, so no packet falls between; until `from` is removed, both may send
-    /// from them. Call it when `to` has a session.
+    /// from them. Call it when `to` has a session. With the kernel's WireGuard only `to` may send from them: what is
+    /// under way by the old key is lost, for a round trip.
     ///
     /// # Errors
     /// Nothing has changed. [`TunnelError::UnknownPeer`], [`TunnelError::TooManyAllowedIps`],
-    /// [`TunnelError::Closed`], [`TunnelError::Unsupported`].
-    fn hand_over(&self, from: &PublicKey, to: &PublicKey) -> Result<(), TunnelError> {
-        let _ = (from, to);
-        Err(TunnelError::Unsupported { backend: "kernel", action: "hand a peer's addresses over" })
-    }
+    /// [`TunnelError::Closed`].
+    fn hand_over(&self, from: &PublicKey, to: &PublicKey) -> Result<(), TunnelError>;
 
     /// Sends a handshake initiation now, whether or not there is a session: a probe of the endpoint. An
     /// answer shows as [`HandshakeDone`](crate::TunnelEvent::HandshakeDone); a session in use stays in
@@ -193,43 +189,14 @@ pub trait Tunnel: Send + Sync {
     fn close(&self);
 }
 
-/// Creates the interface with the userspace engine, sets its MTU, brings it up and starts to listen.
-/// Addresses and routes are the caller's.
-///
-/// # Errors
-/// Nothing is left behind; each variant of [`TunnelError`] names the next step.
-pub fn open(config: TunnelConfig) -> Result<Box<dyn Tunnel>, TunnelError> {
-    open_with(config, Offloads::ALL)
-}
-
-/// As [`open`], with no other offloads than `wanted`: to find out which of them a driver cannot do.
-///
-/// # Errors
-/// As [`open`].
-pub fn open_with(config: TunnelConfig, wanted: Offloads) -> Result<Box<dyn Tunnel>, TunnelError> {
-    open_tuned(config, Tuning { offloads: wanted, ..Tuning::default() })
-}
-
-/// As [`open`], in every respect as `tuning` says.
-///
-/// # Errors
-/// As [`open`].
-pub fn open_tuned(config: TunnelConfig, tuning: Tuning) -> Result<Box<dyn Tunnel>, TunnelError> {
-    Ok(Box::new(Userspace::open(config, tuning)?))
-}
-
 /// Queues at most; each costs two threads and their buffers.
 const QUEUES_MAX: usize = 16;
 
-/// What the engine chooses itself if it is not told.
+/// What the engine chooses itself if it is not told; see [`TunnelBuilder`](crate::TunnelBuilder).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Tuning {
-    /// No other offloads than these.
-    pub offloads: Offloads,
-    /// Queues of the interface and sockets on the port, each with two threads, 1 to 16. `None`: one up to
-    /// three cores, then one for every two cores, 8 at most.
-    pub queues: Option<usize>,
+pub(crate) struct Tuning {
+    pub(crate) offloads: Offloads,
+    pub(crate) queues: Option<usize>,
 }
 
 impl Default for Tuning {
@@ -242,29 +209,6 @@ impl Tuning {
     pub(crate) fn queues(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         self.queues.unwrap_or_else(|| (cores() / 2).min(8)).clamp(1, QUEUES_MAX)
-    }
-}
-
-/// As [`open`], on the engine that is asked for.
-///
-/// # Errors
-/// As [`open`], and [`TunnelError::NoKernel`] if [`Backend::Kernel`] was asked for in vain.
-pub fn open_on(config: TunnelConfig, backend: Backend) -> Result<Box<dyn Tunnel>, TunnelError> {
-    config.check()?;
-    kernel::remove_abandoned(&config.interface);
-    if backend == Backend::Userspace {
-        return open(config);
-    }
-    match Kernel::open(&config) {
-        Ok(kernel) => Ok(Box::new(kernel)),
-        Err(kernel::OpenError::Other(error)) => Err(error),
-        Err(kernel::OpenError::Absent(why)) if backend == Backend::Kernel => {
-            Err(TunnelError::NoKernel { why })
-        }
-        Err(kernel::OpenError::Absent(why)) => {
-            tracing::info!(%why, "userspace WireGuard");
-            Ok(Box::new(Userspace::open(config, Tuning::default())?.instead_of_kernel(why)))
-        }
     }
 }
 

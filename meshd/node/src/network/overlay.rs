@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Backend, Tunnel, TunnelConfig, TunnelError};
+use mesh_tunnel::{Tunnel, TunnelBuilder, TunnelError};
 
 use crate::failure::Failure;
 use crate::findings::{Findings, Severity};
@@ -86,8 +86,8 @@ pub(super) async fn missing(
 }
 
 /// Opens the tunnel; it may wait for the kernel.
-pub(super) async fn open_tunnel(config: TunnelConfig, backend: Backend) -> Result<Box<dyn Tunnel>, Failure> {
-    tokio::task::spawn_blocking(move || mesh_tunnel::open_on(config, backend))
+pub(super) async fn open_tunnel(builder: TunnelBuilder) -> Result<Box<dyn Tunnel>, Failure> {
+    tokio::task::spawn_blocking(move || builder.open())
         .await
         .map_err(|error| Failure::internal("opening the tunnel was cut off", &error))?
         .map_err(tunnel_failure)

@@ -18,7 +18,7 @@ use mesh_core::endpoints::Overlay;
 use mesh_core::peer_table::{PeerTable, Probing};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Backend, BackendKind, PublicKey, Tunnel, TunnelConfig, TunnelEvent};
+use mesh_tunnel::{Backend, BackendKind, PublicKey, Tunnel, TunnelBuilder, TunnelEvent};
 use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
@@ -133,16 +133,11 @@ impl Worker {
         let overlay = Overlay { ipv4: place.ipv4_pool, ipv6: place.ipv6_prefix };
         overlay::close_the_gaps(&host, &place, &findings).await?;
         let private_key = wireguard_key(&identity.wireguard_keys[0])?;
-        let config = TunnelConfig {
-            interface: interface.clone(),
-            mtu,
-            listen_port: wg_port,
-            private_key,
-            fwmark: None,
-        };
+        let builder = TunnelBuilder::new(&interface, private_key);
+        let builder = builder.mtu(mtu).listen_port(wg_port).backend(backend);
         // The table comes before the interface it speaks of: there is no moment without it.
         let (firewall, mark) = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
-        let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(config, backend).await?.into();
+        let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(builder).await?.into();
         overlay::address(&host, tunnel.name(), &place, &findings).await?;
         let prober = Prober::start(place.ipv4, clock.clone());
         let events = forward_events(tunnel.as_ref());

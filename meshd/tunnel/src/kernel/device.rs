@@ -210,6 +210,16 @@ pub(super) fn change_peer(
     messages
 }
 
+/// Makes the kernel send an empty packet to a peer that it has: that is what it does whenever the keepalive goes
+/// from off to on.
+pub(super) fn greeting(config: &PeerConfig) -> Vec<WireguardAttribute> {
+    let keepalive = keepalive_secs(config);
+    let mut steps = vec![0, keepalive.max(1)];
+    steps.extend((keepalive == 0).then_some(0));
+    let step = |secs| update(config.public_key, WireguardPeerAttribute::PersistentKeepalive(secs));
+    vec![WireguardAttribute::Peers(steps.into_iter().map(step).collect())]
+}
+
 pub(super) fn remove_peer(key: PublicKey) -> Vec<WireguardAttribute> {
     vec![WireguardAttribute::Peers(vec![removal(key)])]
 }

@@ -284,6 +284,29 @@ impl Tunnel for Kernel {
         Ok(())
     }
 
+    fn hand_over(&self, from: &PublicKey, to: &PublicKey) -> Result<(), TunnelError> {
+        let mut control = self.change()?;
+        let config = |key: &PublicKey| {
+            let known = control.table.get(key).ok_or(TunnelError::UnknownPeer { peer: *key })?;
+            Ok::<_, TunnelError>(known.config.clone())
+        };
+        let (old, had) = (config(from)?, config(to)?);
+        if from == to {
+            return Ok(());
+        }
+        let allowed_ips = [had.allowed_ips.as_slice(), &old.allowed_ips].concat();
+        let new = PeerConfig { allowed_ips, ..had.clone() };
+        new.check()?;
+        // A prefix that is given to one peer is taken from the other in the same step. The greeting shows the
+        // other side at once that we have changed over; until it comes, what it sends by the old key is refused.
+        let mut messages = device::change_peer(&had, &new, nobody());
+        messages.push(device::greeting(&new));
+        self.carry_out(&mut control, "hand addresses over", messages)?;
+        control.table.insert(PeerConfig { allowed_ips: Vec::new(), ..old }, Update::Change);
+        control.table.insert(new, Update::Change);
+        Ok(())
+    }
+
     fn initiate_handshake(&self, key: &PublicKey) -> bool {
         let Ok(mut control) = self.change() else { return false };
         let now = Instant::now();

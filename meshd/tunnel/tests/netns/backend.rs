@@ -2,19 +2,12 @@
 
 use std::process::Command;
 
-use mesh_tunnel::{Backend, BackendKind, Tunnel, TunnelConfig, TunnelError};
+use mesh_tunnel::{Backend, BackendKind, Tunnel, TunnelBuilder, TunnelError};
 
 use crate::lab::{Namespace, key};
 
 fn open(backend: Backend) -> Result<Box<dyn Tunnel>, TunnelError> {
-    let config = TunnelConfig {
-        interface: "wg9".into(),
-        mtu: 1420,
-        listen_port: 0,
-        private_key: key(1),
-        fwmark: None,
-    };
-    mesh_tunnel::open_on(config, backend)
+    TunnelBuilder::new("wg9", key(1)).backend(backend).open()
 }
 
 /// Whether this kernel has WireGuard.

@@ -4,27 +4,23 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tunnel::{
-    Backend, BackendKind, PeerConfig, PresharedKey, PublicKey, RecvTimeoutError, TunnelConfig, TunnelError,
+    Backend, BackendKind, PeerConfig, PresharedKey, PublicKey, RecvTimeoutError, TunnelBuilder, TunnelError,
     TunnelEvent,
 };
 
 use crate::basic::tcp_transfer;
 use crate::lab::{DEADLINE, End, MTU, eventually, introduce, key, two_namespaces};
+use crate::rotation::{listen, next_peer, talk};
 
 const CHILD: &str = "MESH_TUNNEL_CHILD";
 
-fn config(private: u8) -> TunnelConfig {
-    TunnelConfig {
-        interface: "wg0".into(),
-        mtu: MTU,
-        listen_port: 0,
-        private_key: key(private),
-        fwmark: None,
-    }
+fn builder(interface: &str, private: u8) -> TunnelBuilder {
+    TunnelBuilder::new(interface, key(private)).mtu(MTU).backend(Backend::Kernel)
 }
 
 /// `a` on the kernel's engine, `b` on ours.
@@ -52,6 +48,28 @@ fn replies(from: &End, to: IpAddr) -> bool {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     from.namespace.run(|| ping.status()).unwrap().success()
+}
+
+/// The longest that a change of keys may interrupt.
+const GAP_MAX: Duration = Duration::from_secs(1);
+
+/// The longest pauses in a datagram each millisecond, from `a` to `b` and back, while `change` goes on.
+fn traffic_during(a: &End, b: &End, change: impl FnOnce()) -> [Duration; 2] {
+    let (there, back) = ((a.inner_udp(), b.inner_udp()), (b.inner_udp(), a.inner_udp()));
+    let (stop, quiet) = (AtomicBool::new(false), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let talkers = [&there, &back].map(|(from, to)| scope.spawn(|| talk(from, to, &stop)));
+        let listeners = [&there.1, &back.1].map(|at| scope.spawn(|| listen(at, &quiet)));
+        thread::park_timeout(Duration::from_millis(200));
+        change();
+        thread::park_timeout(Duration::from_millis(500));
+        stop.store(true, Ordering::Relaxed);
+        let sent = talkers.map(|talker| talker.join().unwrap());
+        quiet.store(true, Ordering::Relaxed);
+        let gaps = listeners.map(|listener| listener.join().unwrap().1);
+        println!("longest pauses {gaps:?} in {sent:?} datagrams");
+        gaps
+    })
 }
 
 /// What `wg show wg0 WHAT` prints for one peer.
@@ -196,6 +214,39 @@ netns_tests! {
     }
 
     #[ignore = "needs the kernel's module: make test-kernel"]
+    fn a_peer_changes_its_key_and_the_kernel_follows() {
+        let (a, b) = connected();
+        let (old, new) = (b.key(), key(12).public());
+        let gaps = traffic_during(&a, &b, || {
+            b.tunnel.add_next_key(key(12)).unwrap();
+            a.tunnel.set_peer(next_peer(&b, 12)).unwrap();
+            a.expect_event(|event| *event == TunnelEvent::HandshakeDone { peer: new });
+            a.tunnel.hand_over(&old, &new).unwrap();
+            eventually("the other side follows", || b.tunnel.peers_of_next_key()[0].rx_bytes.gt(&1000).then_some(()));
+            b.tunnel.switch_to_next_key();
+            assert!(a.tunnel.remove_peer(&old));
+        });
+        assert!(gaps.iter().all(|gap| *gap <= GAP_MAX), "{gaps:?}");
+        assert_eq!(a.tunnel.peer(&new).unwrap().allowed_ips.len(), 2);
+        assert!(matches!(a.tunnel.hand_over(&old, &new), Err(TunnelError::UnknownPeer { .. })));
+    }
+
+    #[ignore = "needs the kernel's module: make test-kernel"]
+    fn the_kernel_changes_its_key_and_the_peer_follows() {
+        let (a, b) = connected();
+        let (old, new) = (a.key(), key(12).public());
+        b.tunnel.set_peer(next_peer(&a, 12)).unwrap();
+        let gaps = traffic_during(&a, &b, || {
+            a.tunnel.rotate_key(key(12)).unwrap();
+            b.expect_event(|event| *event == TunnelEvent::HandshakeDone { peer: new });
+            b.tunnel.hand_over(&old, &new).unwrap();
+            assert!(b.tunnel.remove_peer(&old));
+        });
+        assert!(gaps.iter().all(|gap| *gap <= GAP_MAX), "{gaps:?}");
+        b.namespace.ping(a.inner6);
+    }
+
+    #[ignore = "needs the kernel's module: make test-kernel"]
     fn silence_is_told_and_a_greeting_finds_the_peer_again() {
         let (a, b) = connected();
         assert!(a.tunnel.set_endpoint(&b.key(), ([10, 213, 0, 66], 9).into()));
@@ -270,12 +321,12 @@ netns_tests! {
         let (a, _b) = two_namespaces();
         let socket = a.udp("0.0.0.0:0".parse().unwrap());
         let port = socket.local_addr().unwrap().port();
-        let taken = TunnelConfig { listen_port: port, ..config(1) };
-        let error = a.run(|| mesh_tunnel::open_on(taken.clone(), Backend::Kernel).map(|t| t.backend())).unwrap_err();
+        let taken = builder("wg0", 1).listen_port(port);
+        let error = a.run(|| taken.open().map(|t| t.backend())).unwrap_err();
         assert!(matches!(error, TunnelError::PortInUse { port: p } if p == port), "{error}");
         drop(socket);
-        let marked = TunnelConfig { interface: "mesh%d".into(), mtu: 1280, fwmark: Some(0x77), ..taken };
-        let tunnel = a.run(|| mesh_tunnel::open_on(marked, Backend::Kernel)).unwrap();
+        let marked = builder("mesh%d", 1).listen_port(port).mtu(1280).fwmark(0x77);
+        let tunnel = a.run(|| marked.open()).unwrap();
         assert_eq!((tunnel.name(), tunnel.listen_port()), ("mesh0", port));
         let link = a.ip("-d link show mesh0");
         assert!(link.contains(",UP") && link.contains("mtu 1280") && link.contains("wireguard"), "{link}");
@@ -317,7 +368,7 @@ netns_tests! {
 #[ignore = "needs the kernel's module: make test-kernel"]
 fn what_a_killed_process_left_is_taken_over_and_what_lives_is_not() {
     if std::env::var_os(CHILD).is_some() {
-        let _tunnel = mesh_tunnel::open_on(config(1), Backend::Kernel).unwrap();
+        let _tunnel = builder("wg0", 1).open().unwrap();
         thread::sleep(DEADLINE);
         return;
     }
@@ -330,7 +381,7 @@ fn what_a_killed_process_left_is_taken_over_and_what_lives_is_not() {
         let mut child = a.run(|| child.spawn()).unwrap();
         let alias = || a.ip("link show").contains("alias mesh-tunnel");
         eventually("the other process' interface", || alias().then_some(()));
-        let open = |backend| a.run(|| mesh_tunnel::open_on(config(2), backend));
+        let open = |backend| a.run(|| builder("wg0", 2).backend(backend).open());
         for backend in [Backend::Kernel, Backend::Userspace] {
             let error = open(backend).map(|tunnel| tunnel.backend()).unwrap_err();
             assert!(matches!(error, TunnelError::InterfaceBusy { .. }), "{error}");

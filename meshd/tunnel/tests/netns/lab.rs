@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tunnel::{
-    Backend, Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tuning, Tunnel, TunnelConfig,
+    Backend, Events, Offloads, PeerConfig, PeerStats, PrivateKey, PublicKey, Tunnel, TunnelBuilder,
     TunnelEvent,
 };
 use nix::sched::{CloneFlags, setns};
@@ -159,35 +159,27 @@ pub(crate) fn key(byte: u8) -> PrivateKey {
 }
 
 pub(crate) fn open_as(private_key: PrivateKey, offloads: Offloads) -> Box<dyn Tunnel> {
-    let config =
-        TunnelConfig { interface: "wg0".into(), mtu: MTU, listen_port: 0, private_key, fwmark: None };
-    mesh_tunnel::open_with(config, offloads).unwrap()
+    TunnelBuilder::new("wg0", private_key).mtu(MTU).offloads(offloads).open().unwrap()
 }
 
 impl End {
     pub(crate) fn new(namespace: Namespace, number: u8, offloads: Offloads) -> Self {
-        let mut tuning = Tuning::default();
-        tuning.offloads = offloads;
-        Self::tuned(namespace, number, tuning)
-    }
-
-    pub(crate) fn tuned(namespace: Namespace, number: u8, tuning: Tuning) -> Self {
-        let tunnel = namespace.run(|| mesh_tunnel::open_tuned(Self::config(number), tuning)).unwrap();
-        Self::with(namespace, number, tunnel)
+        Self::built(namespace, number, |builder| builder.offloads(offloads))
     }
 
     /// An end on the engine that is asked for.
     pub(crate) fn on(namespace: Namespace, number: u8, backend: Backend) -> Self {
-        let tunnel = namespace.run(|| mesh_tunnel::open_on(Self::config(number), backend)).unwrap();
-        Self::with(namespace, number, tunnel)
+        Self::built(namespace, number, |builder| builder.backend(backend))
     }
 
-    fn config(number: u8) -> TunnelConfig {
-        let private_key = key(number);
-        TunnelConfig { interface: "wg0".into(), mtu: MTU, listen_port: 0, private_key, fwmark: None }
-    }
-
-    fn with(namespace: Namespace, number: u8, tunnel: Box<dyn Tunnel>) -> Self {
+    /// An end that is opened as `change` says.
+    pub(crate) fn built(
+        namespace: Namespace,
+        number: u8,
+        change: impl FnOnce(TunnelBuilder) -> TunnelBuilder,
+    ) -> Self {
+        let builder = change(TunnelBuilder::new("wg0", key(number)).mtu(MTU));
+        let tunnel = namespace.run(|| builder.open()).unwrap();
         let address = |text: String| -> IpAddr { text.parse().unwrap() };
         let end = Self {
             events: tunnel.events(),

@@ -3,18 +3,18 @@
 use std::net::UdpSocket;
 use std::process::Command;
 
-use mesh_tunnel::{RecvTimeoutError, Tunnel, TunnelConfig, TunnelError, TunnelEvent};
+use mesh_tunnel::{RecvTimeoutError, Tunnel, TunnelBuilder, TunnelError, TunnelEvent};
 
 use crate::lab::{connected, eventually, key, run};
 
 const NESTED: &str = "MESH_TUNNEL_NESTED";
 
-fn config() -> TunnelConfig {
-    TunnelConfig { interface: "wg9".into(), mtu: 1420, listen_port: 0, private_key: key(1), fwmark: None }
+fn builder(interface: &str) -> TunnelBuilder {
+    TunnelBuilder::new(interface, key(1))
 }
 
-fn refusal(config: TunnelConfig) -> TunnelError {
-    mesh_tunnel::open(config).map(|tunnel| tunnel.name().to_owned()).expect_err("must be refused")
+fn refusal(builder: TunnelBuilder) -> TunnelError {
+    builder.open().map(|tunnel| tunnel.name().to_owned()).expect_err("must be refused")
 }
 
 fn interface_exists(name: &str) -> bool {
@@ -24,7 +24,7 @@ fn interface_exists(name: &str) -> bool {
 
 netns_tests! {
     fn an_open_tunnel_is_up_with_its_mtu_and_gone_when_closed() {
-        let tunnel = mesh_tunnel::open(TunnelConfig { interface: "mesh%d".into(), ..config() }).unwrap();
+        let tunnel = builder("mesh%d").open().unwrap();
         assert_eq!(tunnel.name(), "mesh0");
         let shown = String::from_utf8(run("ip", &["link", "show", "mesh0"]).stdout).unwrap();
         assert!(shown.contains(",UP") && shown.contains("mtu 1420"), "{shown}");
@@ -44,41 +44,41 @@ netns_tests! {
     }
 
     fn dropping_a_tunnel_removes_its_interface() {
-        drop(mesh_tunnel::open(config()).unwrap());
+        drop(builder("wg9").open().unwrap());
         assert!(!interface_exists("wg9"));
-        let again: Box<dyn Tunnel> = mesh_tunnel::open(config()).unwrap();
+        let again: Box<dyn Tunnel> = builder("wg9").open().unwrap();
         assert!(interface_exists(again.name()));
     }
 
     fn what_is_taken_is_named() {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         let port = socket.local_addr().unwrap().port();
-        let error = refusal(TunnelConfig { listen_port: port, ..config() });
+        let error = refusal(builder("wg9").listen_port(port));
         assert!(matches!(error, TunnelError::PortInUse { port: p } if p == port), "{error}");
         assert!(error.to_string().contains(&port.to_string()));
         assert!(!interface_exists("wg9"));
         let six = UdpSocket::bind("[::]:0").unwrap();
         let port = six.local_addr().unwrap().port();
-        assert!(matches!(refusal(TunnelConfig { listen_port: port, ..config() }), TunnelError::PortInUse { .. }));
+        assert!(matches!(refusal(builder("wg9").listen_port(port)), TunnelError::PortInUse { .. }));
         run("ip", &["link", "add", "wg9", "type", "veth", "peer", "name", "other"]);
-        let error = refusal(config());
+        let error = refusal(builder("wg9"));
         assert!(matches!(error, TunnelError::InterfaceBusy { .. }), "{error:?}");
         assert!(error.to_string().contains("wg9"));
     }
 
     fn bad_settings_are_refused_before_anything_is_opened() {
         for name in ["", "a/b", "sixteen-bytes-xx", "a b", "..", "%s", "a%d%d", "a:b"] {
-            let error = refusal(TunnelConfig { interface: name.into(), ..config() });
+            let error = refusal(builder(name));
             assert!(matches!(error, TunnelError::InterfaceName { .. }), "{name:?}: {error}");
         }
         for mtu in [0, 575, 65_500] {
-            assert!(matches!(refusal(TunnelConfig { mtu, ..config() }), TunnelError::Mtu { .. }));
+            assert!(matches!(refusal(builder("wg9").mtu(mtu)), TunnelError::Mtu { .. }));
         }
     }
 
     fn a_missing_device_is_named() {
         run("mount", &["-t", "tmpfs", "tmpfs", "/dev/net"]);
-        let error = refusal(config());
+        let error = refusal(builder("wg9"));
         assert!(matches!(error, TunnelError::NoTunDevice), "{error:?}");
         assert!(error.to_string().contains("/dev/net/tun"));
     }
@@ -111,7 +111,7 @@ netns_tests! {
 #[test]
 fn missing_rights_are_named() {
     if std::env::var_os(NESTED).is_some() {
-        let error = refusal(config());
+        let error = refusal(builder("wg9"));
         assert!(matches!(error, TunnelError::NoRights { .. }), "{error:?}");
         assert!(error.to_string().contains("CAP_NET_ADMIN"));
         return;

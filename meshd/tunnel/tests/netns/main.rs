@@ -18,3 +18,4 @@ mod paths;
 mod queues;
 mod rotation;
 mod sessions;
+mod underlay;

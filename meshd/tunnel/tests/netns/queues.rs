@@ -5,8 +5,6 @@ use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use mesh_tunnel::Tuning;
-
 use crate::basic::tcp_transfer;
 use crate::lab::{End, eventually, introduce, key, two_namespaces};
 
@@ -14,9 +12,8 @@ const QUEUES: usize = 4;
 
 fn two_ends_with_queues() -> (End, End) {
     let (a, b) = two_namespaces();
-    let mut tuning = Tuning::default();
-    tuning.queues = Some(QUEUES);
-    let (a, b) = (End::tuned(a, 1, tuning), End::tuned(b, 2, tuning));
+    let [a, b] =
+        [(a, 1), (b, 2)].map(|(end, number)| End::built(end, number, |builder| builder.queues(QUEUES)));
     introduce(&a, &b, b.endpoint4());
     (a, b)
 }

@@ -10,7 +10,7 @@ use mesh_tunnel::{PeerConfig, TunnelError, TunnelEvent};
 use crate::lab::{End, connected, echo, eventually, key};
 
 /// `b` as `a` knows it under its next key.
-fn next_peer(b: &End, number: u8) -> PeerConfig {
+pub(crate) fn next_peer(b: &End, number: u8) -> PeerConfig {
     PeerConfig {
         public_key: key(number).public(),
         allowed_ips: Vec::new(),
@@ -20,7 +20,7 @@ fn next_peer(b: &End, number: u8) -> PeerConfig {
 }
 
 /// Sends a number every millisecond until told to stop; how many.
-fn talk(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
+pub(crate) fn talk(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
     let mut sent = 0_u64;
     while !stop.load(Ordering::Relaxed) {
         from.send_to(&sent.to_le_bytes(), to.local_addr().unwrap()).unwrap();
@@ -31,7 +31,7 @@ fn talk(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
 }
 
 /// Reads numbers until told to stop and then silence; how many came and the longest pause between two.
-fn listen(at: &UdpSocket, stop: &AtomicBool) -> (u64, Duration) {
+pub(crate) fn listen(at: &UdpSocket, stop: &AtomicBool) -> (u64, Duration) {
     at.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     let (mut got, mut last, mut gap) = (0, Instant::now(), Duration::ZERO);
     loop {

@@ -6,7 +6,7 @@ use std::thread;
 
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::StaticSecret;
-use mesh_tunnel::TunnelEvent;
+use mesh_tunnel::{TunnelBuilder, TunnelEvent};
 
 use crate::basic::tcp_transfer;
 use crate::lab::{connected, echo, eventually, key};
@@ -137,15 +137,7 @@ netns_tests! {
         let (a, mut b) = connected();
         let port = b.tunnel.listen_port();
         b.tunnel.close();
-        b.tunnel = b.namespace.run(|| {
-            mesh_tunnel::open(mesh_tunnel::TunnelConfig {
-                interface: "wg0".into(),
-                mtu: crate::lab::MTU,
-                listen_port: port,
-                private_key: key(2),
-                fwmark: None,
-            })
-        }).unwrap();
+        b.tunnel = b.namespace.run(|| TunnelBuilder::new("wg0", key(2)).listen_port(port).open()).unwrap();
         b.namespace.ip(&format!("addr add {}/24 dev wg0", b.inner4));
         b.tunnel.set_peer(a.as_peer(Some(a.endpoint4()))).unwrap();
         b.namespace.ping(a.inner4);
