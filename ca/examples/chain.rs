@@ -8,6 +8,7 @@
 //!   `issuing.pem`, `good.pem`, `revoked.pem`, `responder.pem`, `good.p12` (password `judges`), `root.crl.pem`, `issuing.crl.pem` and, under
 //!   the name that `openssl ocsp` and `ocsptool` read, `good.ocsp.der` and `revoked.ocsp.der` for SHA-1 CertIDs
 //! - `short.pem`: a leaf without revocation (RFC 9608)
+//! - `profiles/USES-NAME-KEY.pem`: a leaf of each kind of custom profile, for every leaf key; USES is `server`, `client` or `both`
 //! - `addressed/`: a leaf that names a CRL address, one of them revoked, and the CRL of that address
 
 #![allow(clippy::disallowed_methods)] // The library is pure; this program writes files.
@@ -131,6 +132,85 @@ fn kind(
     Ok(())
 }
 
+/// A leaf under custom profiles that between them use every word of a profile, for every type of key.
+fn custom(writer: &Writer, now: UtcDateTime) -> Result<(), Box<dyn Error>> {
+    fs::create_dir_all(writer.folder.join("profiles"))?;
+    let domain = writer.issuing.domain();
+    let (node, service) = (Label::parse("web-1")?, Label::parse("shop")?);
+    let addresses = [[100, 64, 0, 1].into(), [0xfd00, 0, 0, 0, 0, 0, 0, 1].into()];
+    let dns = DnsName::parse("shop.mesh.internal")?;
+    let day = std::time::Duration::from_secs(86_400);
+    let spec = |name: &str, kind| -> Result<ProfileSpec, NameError> {
+        Ok(ProfileSpec {
+            name: Label::parse(name)?,
+            kind,
+            extra_usages: Vec::new(),
+            keys: KeyFamily::ALL.into(),
+            lifetime: day,
+            lifetime_max: 7 * day,
+            dns: vec![DnsRule::Exact(dns.clone()), DnsRule::OwnName],
+            ips: IpRule::OwnAddresses,
+            subject: SubjectForm::CommonName,
+            revocation: RevocationForm::Pointers { crl: true, ocsp: true },
+        })
+    };
+    let specs = [
+        ("server", spec("plain", ServiceKind::Server)?),
+        (
+            "server",
+            ProfileSpec {
+                extra_usages: vec![ExtraUsage::IpsecIke],
+                subject: SubjectForm::Empty,
+                revocation: RevocationForm::NoRevAvail,
+                ..spec("short", ServiceKind::Server)?
+            },
+        ),
+        (
+            "client",
+            ProfileSpec {
+                extra_usages: vec![ExtraUsage::DocumentSigning, ExtraUsage::EmailProtection],
+                ips: IpRule::None,
+                revocation: RevocationForm::Pointers { crl: false, ocsp: true },
+                ..spec("signer", ServiceKind::Client)?
+            },
+        ),
+        (
+            "both",
+            ProfileSpec {
+                subject: SubjectForm::Empty,
+                revocation: RevocationForm::Pointers { crl: false, ocsp: false },
+                ..spec("mesh", ServiceKind::Peer)?
+            },
+        ),
+    ];
+    let points = PublishingPoints::new(HttpUrl::parse("http://pki.mesh.internal")?, 1)?;
+    for (uses, spec) in specs {
+        let profile = spec.accept(domain, now, &mut rng)?;
+        for family in KeyFamily::ALL {
+            let algorithm = KeyAlgorithm::GENERATED.into_iter().find(|known| KeyFamily::of(*known) == family);
+            let key = LeafKey::generate_for(algorithm.ok_or("no such key")?)?;
+            let request = SpecRequest {
+                owner: NameOwner { domain, node: &node, addresses: &addresses },
+                service: &service,
+                dns: vec![dns.clone()],
+                ips: if profile.spec().ips == IpRule::None { Vec::new() } else { addresses.to_vec() },
+                lifetime: None,
+                now,
+                key: key.public_key(),
+            };
+            let issuer = writer.issuing.key_identifier();
+            let template =
+                profile.template(&request, Placement { issuer, points: Some(&points), shard: 0 })?;
+            let csr = Csr::parse(&Csr::create(&key)?)?.verify()?;
+            let serial = SerialNumber::random(&mut rng);
+            let issued = issue_leaf(&writer.issuing, &writer.store, &csr, &template, serial)?;
+            let name = format!("profiles/{uses}-{}-{}.pem", profile.spec().name, family.name());
+            writer.write(&name, bundle::encode_certificates([&issued.der]))?;
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = PathBuf::from(std::env::args_os().nth(1).ok_or("usage: chain DIR")?);
     fs::create_dir_all(folder.join("addressed"))?;
@@ -160,6 +240,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let short = LeafTemplate { no_rev_avail: true, ..template(Profile::Server, now)? };
     writer.leaf("short.pem", &short)?;
+    custom(&writer, now)?;
     let long = DnsName::parse(&format!("{}.mesh.internal", "a".repeat(60)))?;
     writer.leaf("leaf-long.pem", &LeafTemplate { dns: vec![long], ..template(Profile::Server, now)? })?;
     let revoked = writer.leaf("leaf-revoked.pem", &template(Profile::Peer, now)?)?;

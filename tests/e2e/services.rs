@@ -53,6 +53,10 @@ impl Service {
 
     /// One request from alpha; `None` for `pair` presents no certificate.
     fn request(&self, pair: Option<&Path>) -> Ran {
+        self.request_as(pair, &[])
+    }
+
+    fn request_as(&self, pair: Option<&Path>, more: &[&str]) -> Ran {
         let ca = self.pair("alpha").join("ca.pem");
         let resolve = format!("api.mesh.internal:8443:{}", self.bravo);
         let mut command = self.fleet.command("alpha", "curl", &["-sS", "--max-time", "5", "-o", "/dev/null"]);
@@ -61,6 +65,7 @@ impl Service {
             command.arg("--cert").arg(pair.join("cert.pem")).arg("--key").arg(pair.join("key.pem"));
         }
         run({
+            command.args(more);
             command.arg("https://api.mesh.internal:8443/");
             command
         })
@@ -96,6 +101,8 @@ fn issue(fleet: &mut Fleet, node: &str, name: &str, args: &[&str]) {
     for file in ["key.pem", "cert.pem", "ca.pem", "crl.pem"] {
         assert!(out.join(file).exists(), "{file} of {name} on {node}");
     }
+    let server = !args.contains(&"client");
+    assert_eq!(out.join("ocsp.der").exists(), server, "ocsp.der of {name} on {node}");
 }
 
 fn nginx_config(folder: &Path) -> PathBuf {
@@ -108,6 +115,7 @@ fn nginx_config(folder: &Path) -> PathBuf {
          server {{\n    listen 8443 ssl;\n    listen [::]:8443 ssl;\n    keepalive_timeout 0;\n\
          ssl_certificate {folder}/tls/cert.pem;\n    ssl_certificate_key {folder}/tls/key.pem;\n\
          ssl_client_certificate {folder}/tls/ca.pem;\n    ssl_crl {folder}/tls/crl.pem;\n\
+         ssl_stapling on;\n    ssl_stapling_file {folder}/tls/ocsp.der;\n\
          ssl_verify_client on;\n    ssl_verify_depth 2;\n    ssl_session_tickets off;\n    ssl_session_cache off;\n\
          location / {{ return 200 'hello $ssl_client_s_dn\\n'; }}\n  }}\n}}\n"
     );
@@ -147,15 +155,65 @@ fn nginx_serves_mtls_and_refuses_who_is_revoked() {
                 &cert,
                 "-key",
                 &key,
+                "-status",
             ],
         );
         assert!(seen.stdout.contains("Verify return code: 0 (ok)"), "{seen}");
+        assert!(seen.stdout.contains("OCSP Response Status: successful"), "{seen}");
+        assert!(seen.stdout.contains("Cert Status: good"), "{seen}");
+        // curl refuses a server without a good stapled response.
+        let ran = service.request_as(Some(&pair), &["--cert-status"]);
+        assert_eq!(ran.stdout, "200", "{ran}");
+
+        a_profile_of_the_policy_is_kept_until_the_policy_ends_it(&mut service.fleet);
 
         let revoked =
             service.fleet.controller(&["cert", "revoke", "web.alpha.mesh.internal", "--wait", "-o", "json"]);
         assert_eq!(revoked.ok().json()["changed"], true);
         service.until_answered("400");
     });
+}
+
+/// A custom profile on a node: asked about, issued with a key of its own, renewed, and refused once the policy is another.
+fn a_profile_of_the_policy_is_kept_until_the_policy_ends_it(fleet: &mut Fleet) {
+    let name = "db.mesh.internal";
+    let issue = ["cert", "issue", name, "--profile", "database"];
+    fleet.meshctl("alpha", &issue).refused("E0570", 6);
+    let profile = "[profile.database]\nkind = \"server\"\nkeys = [\"ed25519\"]\nrevocation = \"short-lived\"\n\
+                   [[profile.database.names]]\nto = [\"node:alpha\"]\nexact = [\"db.mesh.internal\"]\n";
+    apply_policy(fleet, &format!("{POLICY}{profile}"));
+    let ask = [&issue[..], &["--dry-run", "--explain", "-o", "json"]].concat();
+    let answer = fleet.meshctl("alpha", &ask).exits(4).json();
+    let refused = answer["items"].as_array().unwrap().iter().find(|item| item["allowed"] == false).unwrap();
+    assert_eq!((&refused["about"], &refused["code"]), (&"key".into(), &"E0573".into()), "{answer}");
+    let out = fleet.path("alpha").join("db");
+    let typed = [&issue[..], &["--key-type", "ed25519"]].concat();
+    let ask = [&typed[..], &["--dry-run"]].concat();
+    fleet.meshctl("alpha", &ask).ok();
+    let node = [&ask[..], &["--node", "bravo"]].concat();
+    assert!(fleet.controller(&node).exits(4).stdout.contains("E0571"));
+    assert!(!out.exists(), "a dry run issues nothing");
+    fleet.meshctl("alpha", &[&typed[..], &["--out", out.to_str().unwrap()]].concat()).ok();
+    let certificate = out.join("cert.pem").display().to_string();
+    let text = fleet.on("alpha", "openssl", &["x509", "-in", &certificate, "-noout", "-text"]).ok().stdout;
+    // Older programs know noRevAvail by its number only.
+    let short = text.contains("2.5.29.56") || text.contains("No Revocation Available");
+    assert!(text.contains("ED25519") && short, "{text}");
+    assert!(!out.join("ocsp.der").exists(), "nobody tells of its revocation");
+    let before = std::fs::read(out.join("cert.pem")).unwrap();
+    fleet.meshctl("alpha", &["cert", "renew", name]).ok();
+    assert_ne!(std::fs::read(out.join("cert.pem")).unwrap(), before);
+
+    apply_policy(fleet, POLICY);
+    let problem = |fleet: &Fleet| {
+        let pairs = fleet.meshctl("alpha", &["cert", "ls", "-o", "json"]).ok().json();
+        let pair = pairs["items"].as_array().unwrap().iter().find(|pair| pair["name"] == name).cloned();
+        pair.unwrap()["problem"].as_str().unwrap().to_owned()
+    };
+    fleet.until("the node says that it does not renew it", |fleet| problem(fleet).contains("E0570"));
+    fleet.meshctl("alpha", &["cert", "renew", name]).refused("E0570", 6);
+    let listed = fleet.controller(&["cert", "ls", "--name", name, "-o", "json"]).ok().json();
+    assert_eq!(listed["items"][0]["refusedCode"], "E0570", "{listed}");
 }
 
 #[test]

@@ -164,6 +164,22 @@ def judge_chains():
         pyca(f"addressed/{leaf.name}", leaf, folder / "addressed/issuing.crl.pem", CLIENT, expected=good)
 
 
+def judge_profiles():
+    """A leaf under each custom profile, for every type of key: good for what its kind says, and for that alone."""
+    crl = folder / "issuing.crl.pem"
+    crls = joined("profile-crls.pem", crl, root_crl)
+    leaves = sorted((folder / "profiles").iterdir())
+    expect("custom profiles, each with every type of key", len(leaves) == 16, str(leaves))
+    for leaf in leaves:
+        uses = {"server": {SERVER}, "client": {CLIENT}, "both": {SERVER, CLIENT}}[leaf.name.split("-")[0]]
+        for use in (SERVER, CLIENT):
+            host, may = ("shop.mesh.internal" if use == SERVER else None), use in uses
+            openssl(f"profiles/{leaf.name} as {use}", leaf, crls, use, host, may)
+            gnutls(f"profiles/{leaf.name} as {use}", leaf, crls, use, host, may)
+            pyca(f"profiles/{leaf.name} as {use}", leaf, crl, use, host, may)
+        openssl(f"profiles/{leaf.name} under another name", leaf, crls, host="evil.mesh.internal", expected=False)
+
+
 def judge_changed():
     """Proof that the judges look at the signature and at the rules."""
     crl = folder / "issuing-revoked.crl.pem"
@@ -182,7 +198,9 @@ def judge_changed():
 
 
 def lint_jobs():
-    certificates = [root, issuing, *sorted(folder.glob("leaf-*.pem")), *sorted(folder.glob("addressed/leaf-*.pem"))]
+    # One type of key: the rest of a leaf does not depend on it.
+    profiles = sorted(folder.glob("profiles/*-ecdsa-p256.pem"))
+    certificates = [root, issuing, *profiles, *sorted(folder.glob("leaf-*.pem")), *sorted(folder.glob("addressed/leaf-*.pem"))]
     for path in certificates:
         yield str(path.relative_to(folder)), ["lint_pkix_cert", "lint", path], True
     pair = "lint_pkix_signer_signee_cert_chain"
@@ -321,6 +339,7 @@ if (folder / "fleet.json").is_file():
 else:
     kinds = sorted((folder / "kinds").iterdir())
     judge_chains()
+    judge_profiles()
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(judge_kind, kinds))
     judge_nss(
