@@ -1,9 +1,11 @@
 //! `cert issue --dry-run --explain`: which rule allows or refuses each part of a request. The same judgement as the writer's.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use mesh_ca::KeyAlgorithm;
+use mesh_core::profile::ServiceKind;
 use mesh_core::world::{About, Asker, Verdict, Wish};
 use mesh_core::{DnsName, NodeName, Refusal, World};
 use mesh_proto::v1 as pb;
@@ -55,8 +57,35 @@ impl Parts {
             let asker = asker(world, caller, &request.node)?;
             Ok::<_, Problem>(world.judge_wish(asker, &wish).into_iter().map(message).collect::<Vec<_>>())
         })?;
+        verdicts.extend(self.unwritable(&wish));
         verdicts.extend(names.into_iter().filter_map(Asked::refused));
         Ok(pb::ExplainResponse { allowed: verdicts.iter().all(|verdict| verdict.allowed), verdicts })
+    }
+}
+
+impl Parts {
+    /// What no certificate of the kind can say, whoever asks: refused when the template is made.
+    fn unwritable(&self, wish: &Wish<'_>) -> Option<pb::explain_response::Verdict> {
+        let is_client = self.directory.read(|world| {
+            let kind = world.profile(wish.profile).map_or(wish.profile, |(_, custom)| custom.kind.as_str());
+            kind == ServiceKind::Client.as_str()
+        });
+        let refused = |about: &str, subject: String, why: String| {
+            let next = "ask for a profile and names that fit each other";
+            refusal(about, subject, Problem::new(pb::ErrorCode::CertificateInvalid, why, next))
+        };
+        let mut seen = BTreeSet::new();
+        let texts =
+            wish.names.iter().map(ToString::to_string).chain(wish.ips.iter().map(ToString::to_string));
+        if let Some(twice) = texts.into_iter().find(|text| !seen.insert(text.clone())) {
+            let why = format!("{twice} is asked for twice");
+            return Some(refused("name", twice, why));
+        }
+        let nameless = is_client && wish.names.is_empty();
+        nameless.then(|| {
+            let why = format!("profile {} needs a DNS name", wish.profile);
+            refused("profile", mesh_core::change::escape(wish.profile), why)
+        })
     }
 }
 

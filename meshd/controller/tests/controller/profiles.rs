@@ -139,6 +139,21 @@ async fn a_custom_profile_is_issued_renewed_explained_and_taken_back() {
     assert_eq!(code(&posing.unwrap_err()), ErrorCode::Denied);
     let nobody = CertificatesClient::new(local.clone()).explain(ask("nobody", &["db.mesh.internal"])).await;
     assert_eq!(code(&nobody.unwrap_err()), ErrorCode::NodeNotFound);
+    // It refuses what no template can say, as issuing does.
+    let built_in =
+        |profile: &str, names: &[&str]| pb::ExplainRequest { profile: profile.into(), ..ask("", names) };
+    for (channel, profile, names) in [
+        (&local, "peer", &["printer.mesh.internal"][..]),
+        (&channel, "client", &[alpha.enrolled.ipv4.as_str()]),
+        (&channel, "server", &["alpha.mesh.internal", "alpha.mesh.internal"]),
+    ] {
+        let answer = explain(channel, built_in(profile, names)).await;
+        let refused = answer.verdicts.iter().find(|verdict| !verdict.allowed).unwrap();
+        assert_eq!(refused.code(), ErrorCode::CertificateInvalid, "{profile} {names:?}");
+        let fresh = LeafKey::generate().unwrap();
+        let issued = issue(channel, request(&fresh, names, profile)).await.unwrap_err();
+        assert_eq!(issued, ErrorCode::CertificateInvalid, "{profile} {names:?}");
+    }
     assert_eq!(audit_len(&running).await, before, "a dry run leaves no record");
 
     // A policy that no longer gives it: shown with the certificate, and refused at its renewal.

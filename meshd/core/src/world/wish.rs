@@ -165,6 +165,9 @@ impl Judge<'_> {
 
     fn profile(&self) -> Result<Rule, Refusal> {
         match (self.terms, self.node) {
+            (Terms::BuiltIn { is_peer: true }, None) => {
+                Err(Refusal::CertificateMismatch { what: "profile peer is only for services of nodes" })
+            }
             (Terms::BuiltIn { .. }, _) => Ok(Rule::BuiltIn),
             (Terms::Custom { name, profile }, Some(node)) if profile.speaks_about(subject(node)) => {
                 Ok(Rule::Allowed { profile: name.clone() })
