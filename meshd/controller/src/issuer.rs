@@ -69,6 +69,7 @@ impl Issuing {
         }
         let (profiles, authority) = (Arc::clone(&self.profiles), Arc::clone(&self.authority));
         let now = self.clock.utc_now();
+        let _turn = self.profiles.turn.lock().await;
         self.on_pool(move || Ok(profiles.problems(&policy, authority.domain(), now))).await
     }
 

@@ -22,9 +22,14 @@ use crate::authority::{IssueProblem, LeafRequest, points, random_fill};
 /// Accepted profiles that are remembered: those in force, and as many that are only being checked.
 const ACCEPTED_MAX: usize = 2 * PROFILES_MAX;
 
-/// Profiles whose samples were linted, newest last.
+/// Profiles whose samples were linted.
 #[derive(Debug, Default)]
-pub(crate) struct Profiles(Mutex<Vec<(Profile, Arc<AcceptedProfile>)>>);
+pub(crate) struct Profiles {
+    /// Used last stands last.
+    accepted: Mutex<Vec<(Profile, Arc<AcceptedProfile>)>>,
+    /// Whoever checks a policy waits here: samples with RSA keys take seconds, and must not keep issuing from its threads.
+    pub(crate) turn: tokio::sync::Mutex<()>,
+}
 
 /// A profile that may issue, and for whom.
 #[derive(Debug, Clone)]
@@ -54,7 +59,7 @@ impl Profiles {
         let spec = spec(name, profile)?;
         let accepted = spec.accept(domain, now, &mut random_fill).map_err(|error| chain(&error))?;
         let accepted = Arc::new(accepted);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= ACCEPTED_MAX {
             known.remove(0);
         }
@@ -63,11 +68,15 @@ impl Profiles {
     }
 
     fn known(&self, name: &ProfileName, profile: &Profile) -> Option<Arc<AcceptedProfile>> {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |(content, accepted): &&(Profile, Arc<AcceptedProfile>)| {
+        let mut known = self.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |(content, accepted): &(Profile, Arc<AcceptedProfile>)| {
             content == profile && accepted.spec().name.as_str() == name.as_str()
         };
-        known.iter().find(same).map(|(_, accepted)| Arc::clone(accepted))
+        let at = known.iter().position(same)?;
+        let found = known.remove(at);
+        let accepted = Arc::clone(&found.1);
+        known.push(found);
+        Some(accepted)
     }
 
     /// What is wrong with the profiles of a policy, one line each. Blocks.
