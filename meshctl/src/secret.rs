@@ -9,6 +9,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use mesh_proto::v1::{ErrorCode, JoinToken, join_token::Kind};
 use prost::Message as _;
+use zeroize::Zeroizing;
 
 use crate::error::{Failure, Result};
 
@@ -19,6 +20,9 @@ const TOKEN_PREFIX: &str = "mesh1_";
 /// Name of the systemd credential that may hold the token.
 const CREDENTIAL: &str = "mesh-token";
 const VARIABLE: &str = "MESH_TOKEN";
+
+/// Longest passphrase that is read.
+const PASSPHRASE_BYTES_MAX: usize = 1024;
 
 /// Where `enroll` and `login` take their token from.
 #[derive(clap::Args)]
@@ -85,6 +89,29 @@ fn read(name: &str, source: impl Read) -> Result<String> {
         .read_to_end(&mut bytes)
         .map_err(|error| Failure::file("read", Path::new(name), &error))?;
     String::from_utf8(bytes).map_err(|_| invalid("it is no text"))
+}
+
+/// The first line of a file, or of stdin for `-`.
+///
+/// # Errors
+/// E0114 if there is no passphrase in it.
+pub(crate) fn passphrase_file(path: &Path) -> Result<Zeroizing<String>> {
+    let failed = |error| Failure::file("read", path, &error);
+    let mut bytes = Zeroizing::new(Vec::with_capacity(PASSPHRASE_BYTES_MAX + 1));
+    let room = PASSPHRASE_BYTES_MAX as u64 + 1;
+    if path.as_os_str() == "-" {
+        io::stdin().lock().take(room).read_to_end(&mut bytes).map_err(failed)?;
+    } else {
+        File::open(path).map_err(failed)?.take(room).read_to_end(&mut bytes).map_err(failed)?;
+    }
+    let end = bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len());
+    let line = bytes[..end].strip_suffix(b"\r").unwrap_or(&bytes[..end]);
+    match std::str::from_utf8(line) {
+        Ok(line) if (1..=PASSPHRASE_BYTES_MAX).contains(&line.len()) => Ok(Zeroizing::new(line.to_owned())),
+        _ => Err(Failure::new(ErrorCode::PassphraseMissing, format!("no passphrase in {}", path.display()))
+            .why(format!("its first line is empty, no UTF-8, or longer than {PASSPHRASE_BYTES_MAX} bytes"))
+            .next("put the passphrase into the first line of the file")),
+    }
 }
 
 /// What a token says. No Debug output: it holds the secret.

@@ -67,6 +67,7 @@ impl ErrorCode {
             | C::KernelBackendMissing
             | C::ApprovalPending
             | C::HookFailed
+            | C::Pkcs12Refused
             | C::CertificateInvalid
             | C::AddressesExhausted
             | C::Internal

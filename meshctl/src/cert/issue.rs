@@ -9,6 +9,8 @@ use mesh_ca::{CSR_BYTES_MAX, Csr, CsrError, KeyAlgorithm, LeafKey, bundle};
 use mesh_proto::v1::{
     self as pb, ErrorCode, certificates_client::CertificatesClient, local_client::LocalClient,
 };
+use rustls_pki_types::CertificateDer;
+use zeroize::Zeroizing;
 
 use super::{
     Facts, document, explain,
@@ -18,6 +20,7 @@ use super::{
 use crate::{
     app::{App, client, operation_id},
     error::{Exit, Failure, Result},
+    secret,
     text::{Span, left, now, safe},
 };
 
@@ -33,7 +36,7 @@ pub(crate) struct Issue {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Sign this CSR (`-` is stdin) and print the chain; the key stays where it is
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["out", "owner", "mode", "reload", "rotate_key"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["out", "owner", "mode", "reload", "rotate_key", "combined", "p12"])]
     csr: Option<PathBuf>,
     /// What it is for: server, client, peer (both, with a SPIFFE ID), or a profile of the policy
     #[arg(long, default_value = "server")]
@@ -65,6 +68,15 @@ pub(crate) struct Issue {
     /// A new key at every renewal
     #[arg(long)]
     rotate_key: bool,
+    /// Also combined.pem: key and chain in one file, for HAProxy
+    #[arg(long)]
+    combined: bool,
+    /// Also cert.p12: key and chain as PKCS #12, for Java
+    #[arg(long, requires = "p12_passphrase_file")]
+    p12: bool,
+    /// File whose first line protects cert.p12; on a node it is read again at each renewal
+    #[arg(long, value_name = "FILE", requires = "p12")]
+    p12_passphrase_file: Option<PathBuf>,
 }
 
 /// Octal, for the owner and the group to read at most.
@@ -96,6 +108,7 @@ impl Issue {
 
     async fn on_node(&self, app: &App) -> Result<Exit> {
         let out = self.out.as_deref().map(absolute).transpose()?;
+        let p12 = self.p12_passphrase_file.as_deref().map(absolute).transpose()?;
         let request = pb::LocalIssueRequest {
             names: self.names.clone(),
             out: out.map(|out| out.display().to_string()).unwrap_or_default(),
@@ -106,6 +119,8 @@ impl Issue {
             reload: self.reload.clone().unwrap_or_default(),
             rotate_key: self.rotate_key,
             key_type: self.key_type.map(|key| key.to_string()).unwrap_or_default(),
+            combined: self.combined,
+            p12_passphrase_file: p12.map(|path| path.display().to_string()).unwrap_or_default(),
         };
         let pair =
             app.ask_node(client!(LocalClient<_>, app.node().await?).issue_certificate(request)).await?;
@@ -134,6 +149,8 @@ impl Issue {
         let out = absolute(self.out.as_deref().unwrap_or(Path::new(name)))?;
         folder::check(&out)?;
         let owner = self.owner.as_deref().map(Owner::find).transpose()?;
+        // Before a certificate is asked for that then could not be written.
+        let passphrase = self.p12_passphrase_file.as_deref().map(secret::passphrase_file).transpose()?;
         let key = LeafKey::generate_for(self.key_type.unwrap_or_default())
             .map_err(|error| internal("make a key", &error))?;
         let csr = Csr::create(&key).map_err(|error| internal("make a CSR", &error))?;
@@ -148,12 +165,21 @@ impl Issue {
         }
         let pem = key.to_pkcs8_pem();
         let (chain, roots, crls) = texts(&answer);
-        let parts = [
-            Part { name: "key.pem", bytes: pem.as_bytes(), mode: self.mode.unwrap_or(KEY_MODE) },
+        let key_mode = self.mode.unwrap_or(KEY_MODE);
+        let combined = Zeroizing::new([pem.as_str(), &chain].concat());
+        let p12 = passphrase.map(|passphrase| pkcs12(name, &key, &answer, &passphrase)).transpose()?;
+        let mut parts = vec![
+            Part { name: "key.pem", bytes: pem.as_bytes(), mode: key_mode },
             Part { name: "cert.pem", bytes: chain.as_bytes(), mode: PUBLIC_MODE },
             Part { name: "ca.pem", bytes: roots.as_bytes(), mode: PUBLIC_MODE },
             Part { name: "crl.pem", bytes: crls.as_bytes(), mode: PUBLIC_MODE },
         ];
+        if self.combined {
+            parts.push(Part { name: "combined.pem", bytes: combined.as_bytes(), mode: key_mode });
+        }
+        if let Some(p12) = &p12 {
+            parts.push(Part { name: "cert.p12", bytes: p12, mode: key_mode });
+        }
         folder::replace(&out, &parts, owner)?;
         let certificate = answer.certificate.unwrap_or_default();
         let mut body = document(&certificate);
@@ -225,6 +251,25 @@ impl Issue {
         };
         app.ask(client!(CertificatesClient<_>, app.controller().await?).issue(request)).await
     }
+}
+
+/// Key and chain as PKCS #12; its alias in Java is the pair's name.
+fn pkcs12(
+    name: &str,
+    key: &LeafKey,
+    answer: &pb::IssueResponse,
+    passphrase: &str,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let chain: Vec<_> = std::iter::once(&answer.leaf)
+        .chain(answer.issuers.first())
+        .map(|der| CertificateDer::from(der.as_ref()))
+        .collect();
+    let mut rng = |bytes: &mut [u8]| rand::fill(bytes);
+    mesh_ca::write_pkcs12(name, &key.to_pkcs8_der(), &chain, passphrase, &mut rng).map_err(|error| {
+        Failure::new(ErrorCode::Pkcs12Refused, "the PKCS #12 file cannot be made")
+            .why(error.to_string())
+            .next("nothing was written; choose another passphrase or leave --p12 out")
+    })
 }
 
 /// cert.pem (leaf first, then the issuing CA), ca.pem (roots) and crl.pem.

@@ -141,6 +141,7 @@ pub(crate) fn pair_document(pair: &pb::ManagedPair) -> Value {
         "name": pair.name, "names": pair.names, "out": pair.out, "profile": pair.profile, "serial": hex::encode(&pair.serial),
         "notAfter": rfc3339(pair.not_after), "renewsAt": rfc3339(pair.renews_at), "state": pair.state,
         "problem": pair.problem, "rotateKey": pair.rotate_key, "reload": pair.reload,
+        "combined": pair.combined, "p12": pair.p12,
     })
 }
 

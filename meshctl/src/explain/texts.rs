@@ -189,6 +189,11 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "The same request was made before the controller was restarted. The controller keeps only a hash of a token's secret, so it cannot give the same answer again.",
             "`meshctl token revoke ID` ends the token of the first answer; then create another.",
         ),
+        ErrorCode::Pkcs12Refused => (
+            "the PKCS #12 file cannot be made",
+            "The file with its passphrase cannot be read, its first line is empty or no UTF-8, or the passphrase has a character that PKCS #12 does not know. The pair in the folder stays as it was.",
+            "Put the passphrase into the first line of a file that meshd can read, then issue or renew again.",
+        ),
         ErrorCode::TokenNameMismatch => (
             "the token is for another name",
             "It was created with --name, and lets in only a node of that name. It has not been used up.",

@@ -78,3 +78,7 @@ pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(300);
 pub(crate) const TABLE_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// A program we start: `nft`.
 pub(crate) const PROGRAM_TIMEOUT: Duration = Duration::from_secs(10);
+/// First line of a passphrase file, bytes.
+pub(crate) const PASSPHRASE_BYTES_MAX: usize = 1024;
+/// A file of a pair that is read back, bytes.
+pub(crate) const KEY_STORE_BYTES_MAX: u64 = 1024 * 1024;

@@ -37,6 +37,9 @@ struct Pair {
     reload: Option<String>,
     #[serde(default)]
     rotate_key: bool,
+    #[serde(default)]
+    combined: bool,
+    p12_passphrase_file: Option<PathBuf>,
 }
 
 /// What a look into the folder found.
@@ -146,6 +149,8 @@ fn definition(pair: Pair, own_certs: &Path) -> Result<Definition, Failure> {
         mode,
         reload: pair.reload,
         rotate_key: pair.rotate_key,
+        combined: pair.combined,
+        p12_passphrase_file: pair.p12_passphrase_file,
         origin: Origin::Declared,
     }
     .checked(own_certs)
@@ -181,15 +186,19 @@ mod tests {
             mode = "0640"
             reload = "systemctl reload nginx"
             rotate_key = true
+            combined = true
+            p12_passphrase_file = "/etc/tomcat/passphrase"
         "#;
         let pairs = parse(text, Path::new(OWN)).unwrap();
         assert_eq!(pairs.len(), 1);
         assert_eq!((pairs[0].ttl_secs, pairs[0].mode), (259_200, 0o640));
-        assert!(pairs[0].rotate_key && pairs[0].origin == Origin::Declared);
+        assert!(pairs[0].rotate_key && pairs[0].combined && pairs[0].origin == Origin::Declared);
+        assert_eq!(pairs[0].p12_passphrase_file.as_deref(), Some(Path::new("/etc/tomcat/passphrase")));
         for bad in [
             "[[pair]]\nnames = []",
             "[[pair]]\nnames = [\"a.b\"]\nrelaod = \"x\"",
             "[[pair]]\nnames = [\"a.b\"]\nttl = \"3 days\"",
+            "[[pair]]\nnames = [\"a.b\"]\nout = \"/x\"\np12_passphrase_file = \"relative\"",
             "pair = 3",
         ] {
             assert!(parse(bad, Path::new(OWN)).is_err(), "{bad}");

@@ -42,6 +42,13 @@ pub(crate) struct Definition {
     pub(crate) mode: u32,
     pub(crate) reload: Option<String>,
     pub(crate) rotate_key: bool,
+    /// Key and chain in one file too, as HAProxy reads them.
+    #[serde(default)]
+    pub(crate) combined: bool,
+    /// Key and chain as PKCS #12 too, under the passphrase in this file. It is read whenever the pair is renewed and
+    /// never kept.
+    #[serde(default)]
+    pub(crate) p12_passphrase_file: Option<PathBuf>,
     pub(crate) origin: Origin,
 }
 
@@ -75,6 +82,8 @@ impl Definition {
             mode: if request.mode == 0 { MODE_DEFAULT } else { request.mode },
             reload,
             rotate_key: request.rotate_key,
+            combined: request.combined,
+            p12_passphrase_file: given(request.p12_passphrase_file).map(PathBuf::from),
             origin: Origin::Socket,
         };
         definition.checked(own_certs)
@@ -103,6 +112,9 @@ impl Definition {
         }
         if self.reload.as_ref().is_some_and(|reload| reload.len() > HOOK_CHARS_MAX) {
             return Err(usage(format!("a reload hook has at most {HOOK_CHARS_MAX} characters")));
+        }
+        if let Some(path) = self.p12_passphrase_file.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(usage(format!("{} is not an absolute path", path.display())));
         }
         if self.out.as_os_str().is_empty() {
             if self.owner.is_some() || self.mode != MODE_DEFAULT {
@@ -210,7 +222,7 @@ mod tests {
         let ours = Definition::from_request(request(|r| r.out.clear()), 0, own).unwrap();
         assert_eq!(ours.out, own.join("api.mesh.internal"));
         type Change = fn(&mut pb::LocalIssueRequest);
-        let table: [(Change, ErrorCode); 11] = [
+        let table: [(Change, ErrorCode); 12] = [
             (|r| r.names.clear(), ErrorCode::Usage),
             (|r| r.names = vec!["a.b".into(); 33], ErrorCode::Usage),
             (|r| r.names = vec!["*.mesh.internal".into()], ErrorCode::NameWildcard),
@@ -220,6 +232,7 @@ mod tests {
             (|r| r.key_type = "rsa-1024".into(), ErrorCode::Usage),
             (|r| r.mode = 0o644, ErrorCode::Usage),
             (|r| r.out = "tls".into(), ErrorCode::Usage),
+            (|r| r.p12_passphrase_file = "passphrase".into(), ErrorCode::Usage),
             (|r| r.owner = "nobody-of-that-name".into(), ErrorCode::Usage),
             (|r| r.reload = "systemctl reload nginx".into(), ErrorCode::Denied),
         ];

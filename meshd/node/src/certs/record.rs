@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use mesh_proto::v1 as pb;
+use rustls_pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use time::UtcDateTime;
 
 use super::definition::Definition;
 use crate::failure::Failure;
-use crate::hostop::PairFiles;
+use crate::hostop::{KeyStoreOrder, PairFiles};
 use crate::join::leaf_key;
 use crate::schedule::renews_at;
 use crate::state::{Der, Secret, StateDir, StateError};
@@ -103,6 +104,8 @@ impl Record {
             changed,
             rotate_key: self.definition.rotate_key,
             reload: self.definition.reload.clone().unwrap_or_default(),
+            combined: self.definition.combined,
+            p12: self.definition.p12_passphrase_file.is_some(),
         }
     }
 }
@@ -126,12 +129,21 @@ impl Material {
         self.staples && old
     }
 
-    /// The files of the folder.
-    pub(super) fn files(&self, crls: &[pb::Crl]) -> Result<PairFiles, Failure> {
-        let chain = std::iter::once(&self.leaf).chain(self.issuers.first());
+    /// What stands in the pair's folder.
+    pub(super) fn files(&self, definition: &Definition, crls: &[pb::Crl]) -> Result<PairFiles, Failure> {
+        let chain = || std::iter::once(&self.leaf).chain(self.issuers.first()).map(|der| &der.0);
+        let key = leaf_key(&self.key)?;
+        let p12 = definition.p12_passphrase_file.as_ref().map(|passphrase_file| KeyStoreOrder {
+            alias: definition.name().to_owned(),
+            passphrase_file: passphrase_file.clone(),
+            key: key.to_pkcs8_der(),
+            chain: chain().map(|der| CertificateDer::from(der.clone())).collect(),
+        });
         Ok(PairFiles {
-            key: leaf_key(&self.key)?.to_pkcs8_pem(),
-            cert: mesh_ca::bundle::encode_certificates(chain.map(|der| &der.0)),
+            key: key.to_pkcs8_pem(),
+            cert: mesh_ca::bundle::encode_certificates(chain()),
+            combined: definition.combined,
+            p12,
             ca: mesh_ca::bundle::encode_certificates(self.roots.iter().map(|der| &der.0)),
             crl: mesh_ca::bundle::encode_crls(crls.iter().map(|crl| &crl.der)),
             ocsp: self.staple.as_ref().map(|staple| staple.der.0.clone()),

@@ -2,6 +2,7 @@
 //! the same list over a socketpair.
 
 mod hook;
+mod keystore;
 mod network;
 mod nft;
 mod pair;
@@ -18,6 +19,7 @@ use crate::failure::Failure;
 use crate::limits::{HOOK_TIMEOUT, PROGRAM_TIMEOUT, TABLE_BYTES_MAX};
 
 pub(crate) use hook::HookError;
+pub(crate) use keystore::KeyStoreOrder;
 pub(crate) use network::{InterfaceAddress, Way};
 pub(crate) use nft::TableMark;
 pub(crate) use pair::{Access, FolderError, PairFiles};

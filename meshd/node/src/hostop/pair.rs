@@ -1,8 +1,8 @@
-//! The folder a service reads its pair from. Its names point into `..data`, and `..data` points to
-//! one version; one rename swaps all files.
+//! The folder a service reads its pair from. Four names, more if it asked for other forms, point into `..data`, and
+//! `..data` points to one version; one rename swaps all of them.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
@@ -14,7 +14,9 @@ use nix::sys::stat::{Mode, fchmod, fstatat, mkdirat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, symlinkat, unlinkat};
 use zeroize::Zeroizing;
 
+use super::keystore::{KeyStoreError, KeyStoreOrder};
 use crate::failure::Failure;
+use crate::limits::KEY_STORE_BYTES_MAX;
 
 /// Says whose folder it is. Its content is the pair's name.
 const MARKER: &str = "..meshd";
@@ -30,6 +32,12 @@ const CERT: &str = "cert.pem";
 const CA: &str = "ca.pem";
 const CRL: &str = "crl.pem";
 const OCSP: &str = "ocsp.der";
+/// Key and chain, for HAProxy and others who want one file.
+const COMBINED: &str = "combined.pem";
+/// Key and chain as PKCS #12.
+const P12: &str = "cert.p12";
+/// Every name a version may have.
+const NAMES: [&str; 7] = [KEY, CERT, CA, CRL, OCSP, COMBINED, P12];
 
 /// What the files hold.
 #[derive(Clone)]
@@ -43,6 +51,9 @@ pub(crate) struct PairFiles {
     pub(crate) crl: String,
     /// An OCSP response to staple; the file is there only with one.
     pub(crate) ocsp: Option<Vec<u8>>,
+    /// Whether there is a file with key and chain.
+    pub(crate) combined: bool,
+    pub(crate) p12: Option<KeyStoreOrder>,
 }
 
 impl std::fmt::Debug for PairFiles {
@@ -70,6 +81,8 @@ pub(crate) enum FolderError {
     NotOurs { path: PathBuf },
     #[error("{path} holds the pair {owner}")]
     OtherPair { path: PathBuf, owner: String },
+    #[error(transparent)]
+    KeyStore(KeyStoreError),
     #[error("cannot {action} in {path}")]
     Io {
         action: &'static str,
@@ -88,6 +101,10 @@ impl From<FolderError> for Failure {
             FolderError::OtherPair { .. } => {
                 (ErrorCode::DirectoryNotOurs, "choose another folder: one folder holds one pair")
             }
+            FolderError::KeyStore(_) => (
+                ErrorCode::Pkcs12Refused,
+                "put the passphrase into the first line of a file that meshd can read, then try again",
+            ),
             FolderError::Io { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull => (ErrorCode::DiskFull, "free some space and try again"),
                 _ => (ErrorCode::Internal, "check the folder and its rights"),
@@ -157,7 +174,7 @@ impl PairFolder {
         let before = self.current()?;
         mkdirat(&self.fd, version, Mode::from_bits_truncate(0o755))
             .map_err(|e| self.io("make a folder", e))?;
-        let result = self.fill(files, access, version);
+        let result = self.fill(files, access, version, before.as_deref());
         if result.is_err() {
             // Whatever was written so far is of no use, and may be a key.
             let _ = self.remove_version(version);
@@ -181,7 +198,13 @@ impl PairFolder {
         }
     }
 
-    fn fill(&self, files: &PairFiles, access: Access, version: &str) -> Result<(), FolderError> {
+    fn fill(
+        &self,
+        files: &PairFiles,
+        access: Access,
+        version: &str,
+        before: Option<&str>,
+    ) -> Result<(), FolderError> {
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let folder =
             openat(&self.fd, version, flags, Mode::empty()).map_err(|e| self.io("open a folder", e))?;
@@ -192,23 +215,33 @@ impl PairFolder {
         self.write_file(&folder, CERT, files.cert.as_bytes(), 0o644, uid, gid)?;
         self.write_file(&folder, CA, files.ca.as_bytes(), 0o644, uid, gid)?;
         self.write_file(&folder, CRL, files.crl.as_bytes(), 0o644, uid, gid)?;
+        let mut names = vec![KEY, CERT, CA, CRL];
         if let Some(ocsp) = &files.ocsp {
             self.write_file(&folder, OCSP, ocsp, 0o644, uid, gid)?;
+            names.push(OCSP);
+        }
+        if files.combined {
+            let text = Zeroizing::new([files.key.as_str(), &files.cert].concat());
+            self.write_file(&folder, COMBINED, text.as_bytes(), key_mode, uid, gid)?;
+            names.push(COMBINED);
+        }
+        if let Some(order) = &files.p12 {
+            let made = match before.and_then(|before| self.same_key_store(before, files)) {
+                Some(made) => made,
+                None => order.make().map_err(FolderError::KeyStore)?,
+            };
+            self.write_file(&folder, P12, &made, key_mode, uid, gid)?;
+            names.push(P12);
         }
         sync(&folder).map_err(|source| self.io_std("sync", source))?;
         self.link(version, DATA_NEW)?;
         // Commit point: all files change here.
         renameat(&self.fd, DATA_NEW, &self.fd, DATA).map_err(|e| self.io("swap the pair", e))?;
-        for name in [KEY, CERT, CA, CRL] {
-            self.point_name(name)?;
-        }
-        match files.ocsp {
-            Some(_) => self.point_name(OCSP)?,
-            // A link to nothing would stop a server that is told to staple it with an unclear word.
-            None => match unlinkat(&self.fd, OCSP, UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => {}
-                Err(errno) => return Err(self.io("remove a link", errno)),
-            },
+        for name in NAMES {
+            match names.contains(&name) {
+                true => self.point_name(name)?,
+                false => self.drop_name(name)?,
+            }
         }
         sync(&self.fd).map_err(|source| self.io_std("sync", source))
     }
@@ -224,6 +257,35 @@ impl PairFolder {
         let temporary = format!("..{name}.new");
         self.link(&target, &temporary)?;
         renameat(&self.fd, temporary.as_str(), &self.fd, name).map_err(|e| self.io("name a file", e))
+    }
+
+    /// Takes away our link `name`, which leads nowhere any more: a server that is told to staple from it would stop with
+    /// an unclear word.
+    fn drop_name(&self, name: &str) -> Result<(), FolderError> {
+        match readlinkat(&self.fd, name) {
+            Ok(_) => {
+                unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir).map_err(|e| self.io("remove a link", e))
+            }
+            Err(Errno::ENOENT | Errno::EINVAL) => Ok(()),
+            Err(errno) => Err(self.io("read a link", errno)),
+        }
+    }
+
+    /// The PKCS #12 file of the version before, if that has the same key and chain: deriving its keys anew with each
+    /// CRL would cost half a second of a core.
+    fn same_key_store(&self, before: &str, files: &PairFiles) -> Option<Zeroizing<Vec<u8>>> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
+        let folder = openat(&self.fd, before, flags, Mode::empty()).ok()?;
+        let read = |name: &str| {
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let file = File::from(openat(&folder, name, flags, Mode::empty()).ok()?);
+            let mut bytes = Zeroizing::new(Vec::new());
+            io::Read::take(file, KEY_STORE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+            Some(bytes)
+        };
+        let same =
+            read(KEY)?.as_slice() == files.key.as_bytes() && read(CERT)?.as_slice() == files.cert.as_bytes();
+        read(P12).filter(|made| same && !made.is_empty())
     }
 
     fn link(&self, target: &str, name: &str) -> Result<(), FolderError> {
@@ -284,7 +346,7 @@ impl PairFolder {
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let folder =
             openat(&self.fd, version, flags, Mode::empty()).map_err(|e| self.io("open a version", e))?;
-        for name in [KEY, CERT, CA, CRL, OCSP] {
+        for name in NAMES {
             match unlinkat(&folder, name, UnlinkatFlags::NoRemoveDir) {
                 Ok(()) | Err(Errno::ENOENT) => {}
                 Err(errno) => return Err(self.io("remove a file", errno)),
@@ -387,7 +449,20 @@ mod tests {
             ca: text("ca"),
             crl: text("crl"),
             ocsp: None,
+            combined: false,
+            p12: None,
         }
+    }
+
+    /// The same with both other forms, under the passphrase in `file`.
+    fn forms(mark: usize, file: &Path) -> PairFiles {
+        let order = KeyStoreOrder {
+            alias: "api".to_owned(),
+            passphrase_file: file.to_owned(),
+            key: Zeroizing::new(vec![0x30, 1, u8::try_from(mark).unwrap()]),
+            chain: vec![vec![0x30, 0].into()],
+        };
+        PairFiles { combined: true, p12: Some(order), ..files(mark) }
     }
 
     fn parent() -> (tempfile::TempDir, PathBuf) {
@@ -412,6 +487,45 @@ mod tests {
         names.sort();
         let versions: Vec<_> = names.iter().filter(|name| name.starts_with("..20")).collect();
         assert_eq!(versions, ["..2026-2", "..2026-3"], "the one before stays for readers, older ones go");
+    }
+
+    #[test]
+    fn other_forms_come_go_and_are_guarded_like_the_key() {
+        let (parent, path) = parent();
+        let passphrase = parent.path().join("passphrase");
+        std::fs::write(&passphrase, "secret\n").unwrap();
+        let folder = PairFolder::open(&path, "api").unwrap();
+        folder.publish(&forms(1, &passphrase), ACCESS, "..2026-1").unwrap();
+        assert_eq!(std::fs::read_to_string(path.join("combined.pem")).unwrap(), "key 1\ncert 1\n");
+        let opened = |password: &str| {
+            let made = std::fs::read(path.join("cert.p12")).unwrap();
+            mesh_ca::read_pkcs12(&made, password).map(|contents| contents.pkcs8.to_vec())
+        };
+        assert_eq!(opened("secret").unwrap(), [0x30, 1, 1]);
+        for name in ["combined.pem", "cert.p12"] {
+            assert_eq!(std::fs::metadata(path.join(name)).unwrap().mode() & 0o7777, 0o640, "{name}");
+        }
+        // Another CRL alone: the file stays as it is, and so does its passphrase.
+        let first = std::fs::read(path.join("cert.p12")).unwrap();
+        std::fs::write(&passphrase, "another\n").unwrap();
+        let newer = PairFiles { crl: "crl 2\n".to_owned(), ..forms(1, &passphrase) };
+        folder.publish(&newer, ACCESS, "..2026-2").unwrap();
+        assert_eq!(std::fs::read(path.join("cert.p12")).unwrap(), first);
+        // A renewal takes up what the file says now.
+        folder.publish(&forms(3, &passphrase), ACCESS, "..2026-3").unwrap();
+        assert_eq!(opened("another").unwrap(), [0x30, 1, 3]);
+        assert!(opened("secret").is_err());
+        // Without a passphrase nothing changes at all.
+        std::fs::remove_file(&passphrase).unwrap();
+        let refused = folder.publish(&forms(4, &passphrase), ACCESS, "..2026-4");
+        assert!(matches!(refused, Err(FolderError::KeyStore(_))));
+        assert_eq!(std::fs::read_to_string(path.join("cert.pem")).unwrap(), "cert 3\n");
+        assert!(!path.join("..2026-4").exists());
+        // No longer asked for: no file is left behind that would grow stale.
+        folder.publish(&files(5), ACCESS, "..2026-5").unwrap();
+        for name in ["combined.pem", "cert.p12"] {
+            assert!(std::fs::symlink_metadata(path.join(name)).is_err(), "{name}");
+        }
     }
 
     #[test]

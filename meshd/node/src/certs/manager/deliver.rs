@@ -200,7 +200,7 @@ impl Task {
 
     /// Writes one version of the folder.
     pub(super) async fn write(&self, definition: &Definition, material: &Material) -> Result<(), Failure> {
-        let files = material.files(&self.crls)?;
+        let files = material.files(definition, &self.crls)?;
         let access = definition.access()?;
         let version = PairVersion {
             folder: definition.out.clone(),

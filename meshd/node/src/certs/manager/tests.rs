@@ -44,6 +44,8 @@ impl Fixture {
             mode: 0o600,
             reload: Some(reload.into()),
             rotate_key: false,
+            combined: false,
+            p12_passphrase_file: None,
             origin: Origin::Socket,
         };
         let parts = Manager {
