@@ -20,7 +20,7 @@ deps:
 deps-test: deps
 	@deploy/install-packages ping:iputils-ping tcpdump:tcpdump nginx:nginx-light curl:curl openssl:openssl update-ca-certificates:ca-certificates \
 		certtool:gnutls-bin strace:strace wg:wireguard-tools wireguard-go:wireguard-go faketime:faketime ethtool:ethtool python3:python3 \
-		vfychain:libnss3-tools javac:openjdk-17-jdk-headless softhsm2-util:softhsm2
+		vfychain:libnss3-tools javac:openjdk-17-jdk-headless softhsm2-util:softhsm2 haproxy:haproxy pg_lsclusters:postgresql
 	@tests/judges/install
 	@tests/interop/install
 

@@ -3,6 +3,7 @@
 mod bad_input;
 mod crash;
 mod demo;
+mod ends;
 mod enrollment;
 mod host;
 mod judged;

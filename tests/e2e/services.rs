@@ -7,6 +7,8 @@ use std::{
 
 use mesh_tests::{Fleet, Ran, fleet_test, run};
 
+use crate::ends::{Haproxy, Postgres};
+
 const POLICY: &str = r#"
 [[allow]]
 from = ["*"]
@@ -124,8 +126,8 @@ fn nginx_config(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn nginx_serves_mtls_and_refuses_who_is_revoked() {
-    fleet_test("services::nginx_serves_mtls_and_refuses_who_is_revoked", || {
+fn nginx_haproxy_and_postgres_serve_mtls_and_refuse_who_is_revoked() {
+    fleet_test("services::nginx_haproxy_and_postgres_serve_mtls_and_refuse_who_is_revoked", || {
         let mut service = Service::start();
 
         // Without a certificate nginx answers 400.
@@ -167,10 +169,33 @@ fn nginx_serves_mtls_and_refuses_who_is_revoked() {
 
         a_profile_of_the_policy_is_kept_until_the_policy_ends_it(&mut service.fleet);
 
+        // Two more ends, each with a certificate, without, and later with a revoked one.
+        let haproxy = Haproxy::start(&mut service.fleet);
+        service.fleet.until("haproxy answers", |fleet| haproxy.request(fleet, &pair, true).stdout == "200");
+        let stranger = haproxy.request(&service.fleet, &pair, false);
+        assert_eq!((stranger.stdout.as_str(), stranger.code == 0), ("000", false), "{stranger}");
+        let postgres = Postgres::start(&mut service.fleet);
+        if let Some(postgres) = &postgres {
+            let query = |role, shown| postgres.query(&service.fleet, &pair, role, shown);
+            assert_eq!(query(Postgres::role(), true).ok().stdout.trim(), "42");
+            let stranger = query(Postgres::role(), false);
+            assert!(stranger.code != 0 && stranger.stderr.contains("client certificate"), "{stranger}");
+            let other = query("postgres", true);
+            assert!(other.code != 0 && other.stderr.contains("authentication failed"), "{other}");
+        }
+        other_forms_follow_the_pair(&service.fleet);
+
         let revoked =
             service.fleet.controller(&["cert", "revoke", "web.alpha.mesh.internal", "--wait", "-o", "json"]);
         assert_eq!(revoked.ok().json()["changed"], true);
         service.until_answered("400");
+        service.fleet.until("haproxy refuses", |fleet| haproxy.request(fleet, &pair, true).stdout == "000");
+        if let Some(postgres) = &postgres {
+            service.fleet.until("postgres refuses", |fleet| {
+                let ran = postgres.query(fleet, &pair, Postgres::role(), true);
+                ran.code != 0 && ran.stderr.contains("revoked")
+            });
+        }
     });
 }
 
@@ -214,6 +239,40 @@ fn a_profile_of_the_policy_is_kept_until_the_policy_ends_it(fleet: &mut Fleet) {
     fleet.meshctl("alpha", &["cert", "renew", name]).refused("E0570", 6);
     let listed = fleet.controller(&["cert", "ls", "--name", name, "-o", "json"]).ok().json();
     assert_eq!(listed["items"][0]["refusedCode"], "E0570", "{listed}");
+}
+
+/// combined.pem and cert.p12 as OpenSSL and Java read them, before and after a renewal.
+fn other_forms_follow_the_pair(fleet: &Fleet) {
+    let out = fleet.path("alpha").join("forms");
+    let passphrase = fleet.path("alpha").join("p12-passphrase");
+    std::fs::write(&passphrase, "changeit 1\n").unwrap();
+    let (text, file) = (out.display().to_string(), passphrase.display().to_string());
+    let name = "forms.alpha.mesh.internal";
+    let args = ["--out", &text, "--combined", "--p12", "--p12-passphrase-file", &file];
+    fleet.meshctl("alpha", &[&["cert", "issue", name][..], &args].concat()).ok();
+    let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+    let p12 = out.join("cert.p12").display().to_string();
+    let judge = |password: &str| {
+        assert_eq!(read("combined.pem"), read("key.pem") + &read("cert.pem"));
+        let source = format!("pass:{password}");
+        let opened =
+            fleet.on("alpha", "openssl", &["pkcs12", "-in", &p12, "-passin", &source, "-nodes"]).ok();
+        for block in [read("cert.pem"), read("key.pem")] {
+            for line in block.lines() {
+                assert!(opened.stdout.contains(line), "{line} is not in cert.p12");
+            }
+        }
+        let listed =
+            fleet.on("alpha", "keytool", &["-list", "-v", "-keystore", &p12, "-storepass", password]).ok();
+        assert!(listed.stdout.contains("Certificate chain length: 2"), "{listed}");
+        assert!(listed.stdout.contains(&format!("Alias name: {name}")), "{listed}");
+    };
+    judge("changeit 1");
+    let before = read("cert.pem");
+    std::fs::write(&passphrase, "changeit 2\n").unwrap();
+    fleet.meshctl("alpha", &["cert", "renew", name]).ok();
+    assert_ne!(read("cert.pem"), before);
+    judge("changeit 2");
 }
 
 #[test]
