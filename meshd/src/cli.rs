@@ -194,7 +194,7 @@ pub(crate) struct NodeRun {
     #[arg(long, value_name = "PORT", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     wg_port: Option<u16>,
-    /// Whose WireGuard: auto (the kernel's where it exists), kernel or userspace [default: auto].
+    /// Whose WireGuard: auto (the kernel's where it exists and reaches every peer), kernel or userspace [default: auto].
     #[arg(long, value_name = "B", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     backend: Option<String>,

@@ -183,6 +183,54 @@ fn every_pair_of_networks_is_joined_by_its_best_path() {
     });
 }
 
+/// A node whose first engine cannot use the relay, and a peer that has no other way.
+fn a_bare_engine_gives_way(environment: &[(&str, &str)], first: &str) {
+    let mut fleet = Fleet::new();
+    add_host(&mut fleet, 1, "open", Open);
+    add_host(&mut fleet, 2, "blocked", Blocked);
+    fleet.start_node_with("open", &[], environment);
+    fleet.start_node("blocked");
+    fleet.enroll("open", &[]);
+    let status = |fleet: &Fleet| fleet.meshctl("open", &["status", "-o", "json"]).ok().json();
+    let before = status(&fleet);
+    assert_eq!(before["backend"], first);
+    assert!(before["backendLacks"].to_string().contains("no relay"), "{before}");
+    let doctor = fleet.meshctl("open", &["doctor", "-o", "json"]).stdout;
+    assert!(doctor.contains("no relay"), "{doctor}");
+    fleet.enroll("blocked", &[]);
+    let met = |fleet: &Fleet| {
+        path(fleet, "open", "blocked").starts_with("relay ")
+            && path(fleet, "blocked", "open").starts_with("relay ")
+    };
+    fleet.until("they meet by the relay", met);
+    let address = fleet.addresses("blocked").0;
+    fleet.until("open reaches blocked", |fleet| fleet.pings("open", address));
+    let after = status(&fleet);
+    assert_eq!((&after["backend"], &after["backendLacks"]), (&"userspace".into(), &serde_json::json!([])));
+    let why = after["whyNotKernel"].as_str().unwrap();
+    assert!(why.contains("blocked") && why.contains("relay"), "{why}");
+    // What was learned is known at the next start.
+    fleet.processes.kill("open").unwrap();
+    fleet.start_node_with("open", &[], environment);
+    assert_eq!(status(&fleet)["whyNotKernel"], after["whyNotKernel"]);
+    fleet.until("they meet again", met);
+}
+
+#[test]
+fn auto_leaves_an_engine_that_cannot_reach_a_peer() {
+    fleet_test("paths::auto_leaves_an_engine_that_cannot_reach_a_peer", || {
+        a_bare_engine_gives_way(&[("MESH_FAILPOINT", "node-engine-bare")], "userspace");
+    });
+}
+
+#[test]
+#[ignore = "needs the kernel's module: make test-kernel"]
+fn auto_leaves_the_kernels_engine_for_a_peer_that_needs_the_relay() {
+    fleet_test("paths::auto_leaves_the_kernels_engine_for_a_peer_that_needs_the_relay", || {
+        a_bare_engine_gives_way(&[], "kernel");
+    });
+}
+
 #[test]
 fn a_router_of_the_test_translates_as_its_kind_says() {
     fleet_test("paths::a_router_of_the_test_translates_as_its_kind_says", || {
@@ -202,6 +250,8 @@ fn a_router_of_the_test_translates_as_its_kind_says() {
             socket.set_read_timeout(Some(DEADLINE)).unwrap();
             server.set_read_timeout(Some(DEADLINE)).unwrap();
             let mapped = stun(&socket, &first);
+            // The controller answers from where it was asked, also at its second address: the router lets in no other.
+            stun(&socket, "10.99.0.200:7443");
             socket.send_to(b"where am I", server.local_addr().unwrap()).unwrap();
             let (_, elsewhere) = server.recv_from(&mut [0; 64]).unwrap();
             assert_ne!(mapped.port(), 40000, "{name}");

@@ -35,6 +35,10 @@ fn lines(status: &pb::NodeStatus, now: i64, wide: bool) -> Vec<String> {
     if wide && !status.why_not_kernel.is_empty() {
         lines.push(format!("not the kernel's WireGuard: {}", safe(&status.why_not_kernel)));
     }
+    if wide && !status.backend_lacks.is_empty() {
+        let lacks = status.backend_lacks.iter().map(|what| safe(what)).collect::<Vec<_>>().join("; ");
+        lines.push(format!("{}'s WireGuard lacks: {lacks}", safe(&status.backend)));
+    }
     if status.peers.is_empty() {
         lines.push("no peers: no other node, or policy allows none".to_owned());
     } else {
@@ -156,7 +160,7 @@ fn document(status: &pb::NodeStatus) -> Value {
         "trustDomain": status.trust_domain, "tags": status.tags, "controller": status.controller,
         "controllerConnected": status.controller_connected, "controllerRttMicros": status.controller_rtt_us,
         "controllerOffsetSeconds": status.controller_offset_secs, "backend": status.backend,
-        "whyNotKernel": status.why_not_kernel, "offloads": status.offloads, "interface": status.interface, "wireguardPort": status.wireguard_port,
+        "whyNotKernel": status.why_not_kernel, "backendLacks": status.backend_lacks, "offloads": status.offloads, "interface": status.interface, "wireguardPort": status.wireguard_port,
         "serial": hex::encode(&status.serial), "notAfter": rfc3339(status.not_after),
         "renewsAt": rfc3339(status.renews_at), "crlNumber": status.crl_number, "rosterSeq": status.roster_seq,
         "version": status.version, "peers": status.peers.iter().map(peer).collect::<Vec<_>>(),
@@ -209,6 +213,16 @@ mod tests {
         db-1  100.64.0.21  direct 192.0.2.21:51820  41s ago    0.9ms  4%    65h
         db-2  100.64.0.22  none                     12s ago    31ms   -     31h
         ");
+    }
+
+    #[test]
+    fn what_the_kernels_engine_lacks_is_said() {
+        let mut status = pb::NodeStatus { enrolled: true, backend: "kernel".into(), ..Default::default() };
+        assert!(!lines(&status, NOW, true).iter().any(|line| line.contains("lacks")));
+        status.backend_lacks = ["no relay", "no STUN"].map(Into::into).to_vec();
+        let line = "kernel's WireGuard lacks: no relay; no STUN";
+        assert!(lines(&status, NOW, true).iter().any(|found| found == line));
+        assert_eq!(document(&status)["backendLacks"], json!(["no relay", "no STUN"]));
     }
 
     #[test]

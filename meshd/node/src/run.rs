@@ -132,9 +132,10 @@ async fn supervise(
                 running.stop(false).await;
                 return Ok(());
             }
-            failure = running.broken() => {
+            ended = running.broken() => {
                 node.session.send_replace(None);
-                return Err(failure);
+                ended?;
+                running.let_go().await;
             }
             Some(reply) = leave_requests.recv() => {
                 node.session.send_replace(None);

@@ -10,7 +10,7 @@ use crate::failure::Failure;
 use crate::firewall::TABLE_NAME;
 use crate::hostop::{Changes, Host};
 use crate::identity::Identities;
-use crate::network::{NetworkHandle, Setup, Underlay, Worker};
+use crate::network::{Ended, NetworkHandle, Setup, Underlay, Worker};
 use crate::run::Node;
 use crate::uplink::{Uplink, UplinkHandle};
 
@@ -25,7 +25,7 @@ pub(crate) struct Session {
 /// The tasks behind a [`Session`].
 pub(crate) struct Running {
     pub(crate) session: Arc<Session>,
-    network: JoinHandle<Result<(), Failure>>,
+    network: JoinHandle<Result<Ended, Failure>>,
     others: JoinSet<()>,
 }
 
@@ -72,7 +72,7 @@ impl Running {
             inbox: pairs_inbox,
         };
         let underlay = Underlay::new(
-            worker.tunnel(),
+            (worker.tunnel(), worker.shares_port()),
             network.clone(),
             uplink.clone(),
             (changes.network.clone(), config.endpoints.clone()),
@@ -92,8 +92,11 @@ impl Running {
         Ok(Self { session, network: network_task, others })
     }
 
-    /// Waits until a task that must not end has ended.
-    pub(crate) async fn broken(&mut self) -> Failure {
+    /// Waits until a task that must not end has ended: `Ok` if all are to begin anew.
+    ///
+    /// # Errors
+    /// Why it has ended.
+    pub(crate) async fn broken(&mut self) -> Result<(), Failure> {
         let ended = |what: &str| {
             Failure::new(
                 ErrorCode::Internal,
@@ -101,17 +104,23 @@ impl Running {
                 "look at the daemon's log; this is a bug worth reporting",
             )
         };
-        tokio::select! {
+        Err(tokio::select! {
             result = &mut self.network => match result {
+                Ok(Ok(Ended::Reopen)) => return Ok(()),
+                Ok(Ok(Ended::Stopped)) => ended("the network task"),
                 Ok(Err(failure)) => failure,
-                Ok(Ok(())) => ended("the network task"),
                 Err(error) => Failure::internal("the network task has crashed", &error),
             },
             Some(result) = self.others.join_next() => match result {
                 Ok(()) => ended("a task"),
                 Err(error) => Failure::internal("a task has crashed", &error),
             },
-        }
+        })
+    }
+
+    /// Ends what is left after the network task has.
+    pub(crate) async fn let_go(mut self) {
+        self.others.shutdown().await;
     }
 
     /// Ends all tasks. With `forget` the host is left as it was before enrollment.

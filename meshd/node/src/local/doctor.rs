@@ -79,7 +79,7 @@ fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
     let crl = (network.crl_number == 0)
         .then(|| ("bad", "there is no CRL yet".to_owned(), "let the node reach its controller once"));
     report.check("revocation list", crl);
-    // Not a fault: the userspace engine speaks the same protocol.
+    // Not a fault: the userspace engine speaks the same protocol, and what the kernel's lacks may not be needed.
     report.check(&backend_check(network), None);
     report.check(&format!("interface {}, UDP port {}", network.interface, network.wireguard_port), None);
     for peer in &network.peers {
@@ -95,14 +95,16 @@ fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
     }
 }
 
-/// Which engine runs; where the kernel's was tried in vain, why and how to get it.
+/// Which engine runs; why it is not the kernel's, or what that one lacks.
 fn backend_check(network: &NetworkStatus) -> String {
+    let engine = format!("WireGuard in {}", network.backend);
     match &network.why_not_kernel {
-        Some(why) => format!(
-            "WireGuard in {}: {why}; `modprobe wireguard` and a restart of meshd would use the kernel's",
-            network.backend
-        ),
-        None => format!("WireGuard in {}", network.backend),
+        Some(why) if why.contains("module") => {
+            format!("{engine}: {why}; `modprobe wireguard` and a restart of meshd would use the kernel's")
+        }
+        Some(why) => format!("{engine}: {why}"),
+        None if network.lacks.is_empty() => engine,
+        None => format!("{engine}: {}", network.lacks.join("; ")),
     }
 }
 

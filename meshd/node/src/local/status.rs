@@ -32,6 +32,7 @@ pub(super) async fn status(node: &Node) -> Result<pb::NodeStatus, Failure> {
         controller_rtt_us: micros(uplink.rtt),
         backend: network.backend,
         why_not_kernel: network.why_not_kernel.unwrap_or_default(),
+        backend_lacks: network.lacks,
         offloads: network.offloads,
         interface: network.interface,
         wireguard_port: u32::from(network.wireguard_port),

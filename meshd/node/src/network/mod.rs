@@ -2,6 +2,7 @@
 
 mod backend;
 mod endpoints;
+mod engine;
 mod lease;
 mod overlay;
 mod probe;
@@ -21,10 +22,11 @@ use crate::identity::Active;
 use crate::limits::COMMAND_QUEUE;
 use crate::roster::RosterError;
 
+pub(crate) use engine::{Choice, KERNEL_LACKS};
 pub(crate) use probe::Quality;
 pub(crate) use status::{Inspection, NetworkStatus, PeerView};
 pub(crate) use underlay::{Underlay, UnderlayNews};
-pub(crate) use worker::{Setup, Worker};
+pub(crate) use worker::{Ended, Setup, Worker};
 
 /// What the other tasks ask of the network.
 pub(crate) enum Command {
@@ -41,6 +43,8 @@ pub(crate) enum Command {
     Rekey(Arc<Active>),
     /// Sends the peer a handshake now.
     Greet(u32),
+    /// The peer asks for us by the relay.
+    Knock(u32),
     Knowledge(oneshot::Sender<Knowledge>),
     Status(oneshot::Sender<NetworkStatus>),
     Inspect(oneshot::Sender<Inspection>),
@@ -100,6 +104,8 @@ pub(crate) struct NetworkHandle {
     pub(crate) offer: watch::Receiver<pb::hints::Underlay>,
     /// Changes whenever a peer falls silent.
     pub(crate) silence: watch::Receiver<u64>,
+    /// Peers without a session that are to hear of us by the relay; an engine that can use it asks by itself.
+    pub(crate) unreached: watch::Receiver<Vec<u32>>,
     pub(crate) receipt: watch::Receiver<Receipt>,
     /// The WireGuard key in sole use: the one of the tunnel when no change of keys is under way.
     pub(crate) settled_key: watch::Receiver<Option<[u8; 32]>>,
@@ -114,6 +120,7 @@ pub(crate) struct Outlets {
     pub(crate) seen: watch::Sender<Vec<pb::sync_request::Seen>>,
     pub(crate) offer: watch::Sender<pb::hints::Underlay>,
     pub(crate) silence: watch::Sender<u64>,
+    pub(crate) unreached: watch::Sender<Vec<u32>>,
     pub(crate) receipt: watch::Sender<Receipt>,
     pub(crate) settled_key: watch::Sender<Option<[u8; 32]>>,
 }
@@ -128,6 +135,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         seen: watch::Sender::new(Vec::new()),
         offer: watch::Sender::new(pb::hints::Underlay::default()),
         silence: watch::Sender::new(0),
+        unreached: watch::Sender::new(Vec::new()),
         receipt: watch::Sender::new(Receipt::default()),
         settled_key: watch::Sender::new(None),
     };
@@ -140,6 +148,7 @@ fn wire(belief: Belief) -> (NetworkHandle, mpsc::Receiver<Command>, Outlets) {
         seen: outlets.seen.subscribe(),
         offer: outlets.offer.subscribe(),
         silence: outlets.silence.subscribe(),
+        unreached: outlets.unreached.subscribe(),
         receipt: outlets.receipt.subscribe(),
         settled_key: outlets.settled_key.subscribe(),
     };
@@ -187,6 +196,10 @@ impl NetworkHandle {
 
     pub(crate) async fn greet(&self, peer: u32) -> Result<(), Gone> {
         self.commands.send(Command::Greet(peer)).await.map_err(|_| Gone)
+    }
+
+    pub(crate) async fn knock(&self, peer: u32) -> Result<(), Gone> {
+        self.commands.send(Command::Knock(peer)).await.map_err(|_| Gone)
     }
 
     pub(crate) async fn knowledge(&self) -> Result<Knowledge, Gone> {

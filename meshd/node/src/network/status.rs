@@ -12,8 +12,10 @@ use super::Quality;
 pub(crate) struct NetworkStatus {
     pub(crate) interface: String,
     pub(crate) backend: String,
-    /// Why the kernel's WireGuard is not used though it was tried.
+    /// Why the kernel's WireGuard is not used though it was tried or might be.
     pub(crate) why_not_kernel: Option<String>,
+    /// What the engine cannot do that another could, one phrase each.
+    pub(crate) lacks: Vec<String>,
     pub(crate) offloads: Vec<String>,
     pub(crate) wireguard_port: u16,
     pub(crate) peers: Vec<PeerView>,

@@ -7,6 +7,7 @@
 mod relay;
 mod stun;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::NetworkHandle;
-use crate::limits::{NAMES_RESOLVED_MAX, UNDERLAY_QUEUE};
+use crate::limits::{NAMES_RESOLVED_MAX, PEERS_PER_MAP_MAX, UNDERLAY_QUEUE};
 use crate::uplink::UplinkHandle;
 
 use relay::Relay;
@@ -33,6 +34,11 @@ const RESOLVE_INTERVAL_MIN: Duration = Duration::from_secs(3);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Changes of the host's network within this time are one.
 const SETTLE: Duration = Duration::from_millis(250);
+
+/// What a peer gets by the relay that we look for in vain: nothing that WireGuard knows.
+const KNOCK: [u8; 1] = [0];
+/// The network task hears of one peer's asking no more often than this.
+const KNOCK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What the underlay is now, for the network task.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -81,23 +87,26 @@ pub(crate) struct Underlay {
     resolve_at: Instant,
     /// When a change of the network has settled.
     settled_at: Option<Instant>,
-    /// Whether the engine lets others use its port; a kernel does not.
+    /// Whether the engine lets others use its port; a kernel does not. Then the relay's stream only tells which
+    /// peers are looking for us.
     shares_port: bool,
+    /// Peers that asked by the relay, and when the network task last heard of it.
+    knocks: BTreeMap<NodeId, Option<Instant>>,
 }
 
 impl Underlay {
     pub(crate) fn new(
-        tunnel: Arc<dyn Tunnel>,
+        (tunnel, may_share): (Arc<dyn Tunnel>, bool),
         network: NetworkHandle,
         uplink: UplinkHandle,
         (changes, configured): (watch::Receiver<u64>, Vec<String>),
     ) -> Self {
         let (sender, events) = mpsc::channel(UNDERLAY_QUEUE);
-        let shares_port = take_over(tunnel.as_ref(), &sender);
+        let shares_port = may_share && take_over(tunnel.as_ref(), &sender);
         if !shares_port {
             tracing::info!(
                 "this tunnel's UDP port cannot be shared: no STUN and no relay; peers that are reached directly tell \
-                 where they see this node"
+                 where they see this node, and whoever is not asks by the relay's stream"
             );
         }
         let now = Instant::now();
@@ -119,12 +128,14 @@ impl Underlay {
             resolve_at: now,
             settled_at: None,
             shares_port,
+            knocks: BTreeMap::new(),
         }
     }
 
     /// Runs until it is dropped, or the network task has ended.
     pub(crate) async fn run(mut self) {
         let mut silence = self.network.silence.clone();
+        let mut unreached = self.network.unreached.clone();
         let mut offer = self.network.offer.clone();
         let mut channel = self.uplink.channel.clone();
         self.connection_changed();
@@ -154,6 +165,10 @@ impl Underlay {
                     }
                     changed
                 }
+                changed = unreached.changed() => changed.inspect(|()| {
+                    let peers = unreached.borrow_and_update().clone();
+                    self.knock(&peers, Instant::now());
+                }),
                 changed = silence.changed() => changed.inspect(|()| self.resolve_soon(Instant::now())),
                 () = tokio::time::sleep_until(wake) => Ok(()),
             };
@@ -217,7 +232,7 @@ impl Underlay {
     fn connection_changed(&mut self) {
         let now = Instant::now();
         self.stun.use_server(self.server(|offer| offer.udp_port), now);
-        let channel = self.uplink.channel.borrow().clone().filter(|_| self.shares_port && self.offer.relay);
+        let channel = self.uplink.channel.borrow().clone().filter(|_| self.offer.relay);
         self.relay.use_channel(channel, &self.sender);
     }
 
@@ -235,8 +250,21 @@ impl Underlay {
         }
     }
 
-    fn deliver(&self, peer: NodeId, datagram: &[u8]) {
-        self.tunnel.receive_virtual(datagram, mesh_core::endpoints::relay_endpoint(peer));
+    fn deliver(&mut self, peer: NodeId, datagram: &[u8]) {
+        if self.shares_port {
+            self.tunnel.receive_virtual(datagram, mesh_core::endpoints::relay_endpoint(peer));
+        } else if self.knocks.len() < PEERS_PER_MAP_MAX {
+            self.knocks.entry(peer).or_insert(None);
+        }
+    }
+
+    /// Lets peers that we cannot reach know that we look for them.
+    fn knock(&mut self, peers: &[u32], now: Instant) {
+        for peer in peers {
+            if let Some((frame, server)) = self.relay.send(NodeId(*peer), KNOCK.to_vec(), now) {
+                self.send(&frame, server);
+            }
+        }
     }
 
     fn resolve_soon(&mut self, now: Instant) {
@@ -260,7 +288,16 @@ impl Underlay {
     /// Tells the network task what is new.
     async fn tell(&mut self) -> Result<(), super::Gone> {
         self.news.mapped = self.stun.mapped();
-        self.news.relay = self.relay.is_open();
+        self.news.relay = self.relay.is_open() && self.shares_port;
+        let now = Instant::now();
+        self.knocks
+            .retain(|_, told| told.is_none_or(|at| now.saturating_duration_since(at) < KNOCK_INTERVAL));
+        let new: Vec<NodeId> =
+            self.knocks.iter().filter(|(_, told)| told.is_none()).map(|(peer, _)| *peer).collect();
+        for peer in new {
+            self.knocks.insert(peer, Some(now));
+            self.network.knock(peer.0).await?;
+        }
         if self.told.as_ref() != Some(&self.news) {
             self.told = Some(self.news.clone());
             self.network.underlay(self.news.clone()).await?;

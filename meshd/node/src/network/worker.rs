@@ -1,5 +1,6 @@
 //! The network task: takes commands and tunnel events one after the other.
 
+mod bare;
 mod map;
 mod moves;
 mod paths;
@@ -18,13 +19,14 @@ use mesh_core::endpoints::Overlay;
 use mesh_core::peer_table::{PeerTable, Probing};
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use mesh_tunnel::{Backend, BackendKind, PublicKey, Tunnel, TunnelBuilder, TunnelEvent};
+use mesh_tunnel::{Backend, PublicKey, Tunnel, TunnelBuilder, TunnelEvent};
 use tokio::sync::mpsc;
 
 use moves::{Look, Ways};
 use reconcile::apply_firewall;
 use rotation::{OwnChange, PeerKeys};
 
+use super::engine::{Choice, Knocks, is_bare};
 use super::lease::Leases;
 use super::overlay;
 use super::probe::Prober;
@@ -62,6 +64,15 @@ pub(crate) struct Setup {
     pub(crate) active: Arc<Active>,
 }
 
+/// How the task has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It was told to.
+    Stopped,
+    /// To begin anew, on another engine.
+    Reopen,
+}
+
 /// Everything that must change together.
 pub(crate) struct Worker {
     state: StateDir,
@@ -80,6 +91,12 @@ pub(crate) struct Worker {
     /// How the kernel reaches the peers.
     ways: Ways,
     tunnel: Arc<dyn Tunnel>,
+    choice: Choice,
+    /// The engine keeps its port to itself: no STUN, no relay, no probes beside a path in use.
+    bare: bool,
+    knocks: Knocks,
+    /// Another engine is to take this one's place.
+    reopen: bool,
     /// Which endpoint each peer is tried at, and when.
     table: PeerTable,
     leases: Leases,
@@ -133,8 +150,9 @@ impl Worker {
         let overlay = Overlay { ipv4: place.ipv4_pool, ipv6: place.ipv6_prefix };
         overlay::close_the_gaps(&host, &place, &findings).await?;
         let private_key = wireguard_key(&identity.wireguard_keys[0])?;
+        let choice = Choice::of(backend, &state, clock.now());
         let builder = TunnelBuilder::new(&interface, private_key);
-        let builder = builder.mtu(mtu).listen_port(wg_port).backend(backend);
+        let builder = builder.mtu(mtu).listen_port(wg_port).backend(choice.backend);
         // The table comes before the interface it speaks of: there is no moment without it.
         let (firewall, mark) = apply_firewall(&host, empty_firewall(&interface, &place), &findings).await;
         let tunnel: Arc<dyn Tunnel> = overlay::open_tunnel(builder).await?.into();
@@ -146,10 +164,8 @@ impl Worker {
         outlets.own.send_replace(roster.own().clone());
         outlets.crls.send_replace(Arc::new(trust.crl_messages()));
         let told = stored_endpoints(&state);
-        let probing = match tunnel.backend().kind {
-            BackendKind::Userspace => Probing::Beside,
-            _ => Probing::InPlace,
-        };
+        let bare = is_bare(tunnel.as_ref(), &choice);
+        let probing = if bare { Probing::InPlace } else { Probing::Beside };
         let (saved_cursor, saved_crls) = (roster.cursor().cloned(), trust.crl_haves());
         let mut worker = Self {
             state,
@@ -165,6 +181,10 @@ impl Worker {
             changes,
             ways: Ways::default(),
             tunnel,
+            choice,
+            bare,
+            knocks: Knocks::default(),
+            reopen: false,
             table: PeerTable::new(overlay, probing, mesh_runtime::random_bytes()),
             leases: Leases::default(),
             current: BTreeMap::new(),
@@ -198,17 +218,27 @@ impl Worker {
         self.tunnel.clone()
     }
 
-    /// Serves until it is told to stop.
+    /// Whether others may use the tunnel's UDP port.
+    pub(crate) fn shares_port(&self) -> bool {
+        !self.bare
+    }
+
+    /// Serves until it is told to stop, or another engine is to take its place.
     ///
     /// # Errors
     /// The tunnel broke down.
-    pub(crate) async fn run(mut self) -> Result<(), Failure> {
+    pub(crate) async fn run(mut self) -> Result<Ended, Failure> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         tick.reset();
         loop {
             self.act();
             self.advance_own_change();
+            self.look_for_new_keys();
+            if self.reopen {
+                self.stop(false).await;
+                return Ok(Ended::Reopen);
+            }
             let wake = self.wake();
             tokio::select! {
                 command = self.inbox.recv() => match command {
@@ -216,12 +246,12 @@ impl Worker {
                         self.stop(forget).await;
                         // Whoever asked may be gone; the work is done.
                         let _ = reply.send(());
-                        return Ok(());
+                        return Ok(Ended::Stopped);
                     }
                     Some(command) => self.handle(command).await,
                     None => {
                         self.stop(false).await;
-                        return Ok(());
+                        return Ok(Ended::Stopped);
                     }
                 },
                 event = self.events.recv() => match event {
@@ -267,6 +297,7 @@ impl Worker {
                     self.tunnel.initiate_handshake(&PublicKey(keys.in_use));
                 }
             }
+            Command::Knock(id) => self.take_knock(id),
             Command::Knowledge(reply) => {
                 let _ = reply.send(self.knowledge());
             }
@@ -299,6 +330,7 @@ impl Worker {
         self.refresh_endpoints().await;
         self.look_at_ways(Look::Tick).await;
         self.publish_seen();
+        self.publish_unreached();
         // Leases, a firewall that was missing, a clock that was set.
         self.reconcile().await;
         self.measure_paths();

@@ -6,7 +6,7 @@ use mesh_tunnel::PeerStats;
 
 use super::Worker;
 use crate::network::backend::{backend_line, backend_name, offloads};
-use crate::network::{Inspection, Knowledge, NetworkStatus, PeerView, overlay};
+use crate::network::{Inspection, KERNEL_LACKS, Knowledge, NetworkStatus, PeerView, overlay};
 
 impl Worker {
     pub(super) fn knowledge(&self) -> Knowledge {
@@ -58,7 +58,8 @@ impl Worker {
         NetworkStatus {
             interface: self.tunnel.name().to_owned(),
             backend: backend_name(self.tunnel.as_ref()).to_owned(),
-            why_not_kernel: self.tunnel.backend().why_not_kernel,
+            why_not_kernel: self.choice.why_not_kernel.clone().or(self.tunnel.backend().why_not_kernel),
+            lacks: if self.bare { KERNEL_LACKS.map(str::to_owned).to_vec() } else { Vec::new() },
             offloads: offloads(self.tunnel.as_ref()),
             wireguard_port: self.tunnel.listen_port(),
             peers: peers.collect(),

@@ -6,11 +6,14 @@
 //! | has a certificate with both keys, and listens on both | learns of the certificate, adds the new key beside the old one |
 //! | sees sessions under the new key with everybody | has a session under the new key: the allowed IPs move there |
 //! | drops the old key, then renews without it | learns of that certificate, removes the old key |
+//!
+//! An engine with room for one key changes it in place a moment after its certificate has come: what lies between is
+//! one handshake.
 
 use std::time::{Duration, Instant};
 
 use mesh_core::NodeId;
-use mesh_tunnel::{PublicKey, TunnelError};
+use mesh_tunnel::{PrivateKey, PublicKey, TunnelError};
 
 use super::{Worker, place_of};
 use crate::identity::Active;
@@ -24,6 +27,9 @@ const LINGERS: Duration = Duration::from_secs(2);
 const OVERLAP_MAX: Duration = Duration::from_secs(300);
 /// How often a change under way is looked at.
 const LOOK: Duration = Duration::from_millis(250);
+/// An engine that can have only one key changes to the next so long after its certificate came: the peers have heard
+/// of it by then, let us in under it at once, and only a handshake lies between.
+const IN_PLACE_DELAY: Duration = Duration::from_secs(3);
 
 /// The keys of one peer that are in the tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,10 +80,11 @@ impl PeerKeys {
 }
 
 /// Our own change of keys while both are in use.
-#[derive(Debug)]
 pub(super) struct OwnChange {
     key: PublicKey,
     began: Instant,
+    /// The key itself, if it is to take the place of the old one and cannot stand beside it.
+    in_place: Option<PrivateKey>,
     /// Since when everybody has a session under the new key.
     ready: Option<Instant>,
 }
@@ -104,6 +111,7 @@ impl Worker {
         if self.own_change.as_ref().is_some_and(|change| change.key == next) {
             return;
         }
+        let began = self.clock.own().now();
         let vouched = self.place.wireguard_keys.contains(&current.0);
         let taken = match vouched {
             true => self.tunnel.add_next_key(newest.clone()),
@@ -113,7 +121,12 @@ impl Worker {
         let taken = match taken {
             Ok(()) => {
                 tracing::info!(key = %next, "a new WireGuard key stands beside the old one");
-                self.own_change = Some(OwnChange { key: next, began: self.clock.own().now(), ready: None });
+                self.own_change = Some(OwnChange { key: next, began, in_place: None, ready: None });
+                Ok(())
+            }
+            Err(TunnelError::Unsupported { .. }) if vouched => {
+                tracing::info!(key = %next, "a new WireGuard key takes the old one's place in a moment");
+                self.own_change = Some(OwnChange { key: next, began, in_place: Some(newest), ready: None });
                 Ok(())
             }
             Err(TunnelError::Unsupported { .. }) => {
@@ -135,6 +148,12 @@ impl Worker {
     pub(super) fn advance_own_change(&mut self) {
         let now = self.clock.own().now();
         let Some(change) = &mut self.own_change else { return };
+        if change.in_place.is_some() {
+            if now >= change.began + IN_PLACE_DELAY {
+                self.change_in_place();
+            }
+            return;
+        }
         let next = self.tunnel.peers_of_next_key();
         let followed = |key| next.iter().any(|peer| peer.public_key == key && peer.has_session);
         let waiting =
@@ -150,14 +169,30 @@ impl Worker {
         self.tell_settled();
     }
 
+    /// The new key is ours from now on, the old one dead: peers with a session are greeted under it.
+    fn change_in_place(&mut self) {
+        let Some(OwnChange { in_place: Some(key), .. }) = self.own_change.take() else { return };
+        match self.tunnel.rotate_key(key) {
+            Ok(()) => {
+                tracing::info!(key = %self.tunnel.public_key(), "the old WireGuard key is dead");
+                self.tell_settled();
+            }
+            Err(error) => {
+                let failure = overlay::tunnel_failure(error);
+                self.findings.raise_failure("identity/keys", "this node's keys", &failure);
+            }
+        }
+    }
+
     /// Says which key is in sole use, so that the certificate may forget the other.
     pub(super) fn tell_settled(&self) {
         self.outlets.settled_key.send_replace(Some(self.tunnel.public_key().0));
     }
 
-    /// When a change of ours is looked at next.
+    /// When a change under way is looked at next: ours, or on an engine that must be asked a peer's.
     pub(super) fn own_change_timeout(&self) -> Option<Instant> {
-        self.own_change.is_some().then(|| self.clock.own().now() + LOOK)
+        let changing = self.own_change.is_some() || (self.bare && self.keys_are_changing());
+        changing.then(|| self.clock.own().now() + LOOK)
     }
 
     /// A session under `key` is in use: if it is the newer one of a peer, its allowed IPs move there.
