@@ -95,17 +95,19 @@ fn network(report: &mut Report, network: &NetworkStatus, host: &Inspection) {
     }
 }
 
-/// Which engine runs; why it is not the kernel's, or what that one lacks.
+/// Which engine runs, why it is not the kernel's, and what it lacks.
 fn backend_check(network: &NetworkStatus) -> String {
-    let engine = format!("WireGuard in {}", network.backend);
-    match &network.why_not_kernel {
-        Some(why) if why.contains("module") => {
-            format!("{engine}: {why}; `modprobe wireguard` and a restart of meshd would use the kernel's")
+    let mut line = format!("WireGuard in {}", network.backend);
+    if let Some(why) = &network.why_not_kernel {
+        line = format!("{line}: {why}");
+        if why.contains("module") {
+            line += "; `modprobe wireguard` and a restart of meshd would use the kernel's";
         }
-        Some(why) => format!("{engine}: {why}"),
-        None if network.lacks.is_empty() => engine,
-        None => format!("{engine}: {}", network.lacks.join("; ")),
     }
+    if !network.lacks.is_empty() {
+        line = format!("{line}: {}", network.lacks.join("; "));
+    }
+    line
 }
 
 /// Standing findings count as checks that failed.
