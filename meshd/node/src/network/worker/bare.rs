@@ -9,8 +9,8 @@ use super::Worker;
 use crate::findings::Severity;
 use crate::network::Choice;
 
-/// The finding that a peer can be reached by the relay alone, which this engine cannot use.
-const FINDING: &str = "engine";
+/// The findings that a peer can be reached by the relay alone, which this engine cannot use.
+const FINDINGS: &str = "engine/";
 
 impl Worker {
     /// A peer asks for us by the relay: it may have tried all else in vain.
@@ -20,8 +20,7 @@ impl Worker {
             return;
         }
         if self.with_session().contains(&id) {
-            self.knocks.answered(id);
-            return self.findings.clear(FINDING);
+            return self.knocks.answered(id);
         }
         if !self.knocks.hear(id, self.clock.own().now()) {
             return;
@@ -37,7 +36,7 @@ impl Worker {
             self.reopen = true;
         } else {
             let next = "take --backend auto or userspace, or open a UDP path between the two";
-            self.findings.raise(FINDING, Severity::Warn, "this host's WireGuard", why, next);
+            self.findings.raise(finding(id), Severity::Warn, "this host's WireGuard", why, next);
         }
     }
 
@@ -49,6 +48,8 @@ impl Worker {
         let reached = self.with_session();
         reached.iter().for_each(|id| self.knocks.answered(*id));
         let unreached: Vec<u32> = self.current.keys().copied().filter(|id| !reached.contains(id)).collect();
+        let standing: Vec<String> = unreached.iter().copied().map(finding).collect();
+        self.findings.clear_others(FINDINGS, &standing);
         // Also when they are the same as before: each time they are asked again.
         if !unreached.is_empty() {
             self.outlets.unreached.send_replace(unreached);
@@ -75,4 +76,8 @@ impl Worker {
         let live = self.tunnel.peers().into_iter().filter(|peer| peer.has_session);
         live.filter_map(|peer| self.ids.get(&peer.public_key.0).copied()).collect()
     }
+}
+
+fn finding(peer: u32) -> String {
+    format!("{FINDINGS}{peer:08}")
 }

@@ -174,3 +174,38 @@ fn only_what_is_on_disk_is_acknowledged() {
         });
     });
 }
+
+#[test]
+fn a_peer_that_asks_by_the_relay_is_a_finding_or_a_reason_to_change_the_engine() {
+    let name = "a_peer_that_asks_by_the_relay_is_a_finding_or_a_reason_to_change_the_engine";
+    in_own_network(&format!("network::worker::tests::{name}"), || {
+        block_on(async {
+            let mut fixture = Fixture::new().await;
+            let patience = Duration::from_secs(10);
+            let knocks = |fixture: &mut Fixture| {
+                fixture.worker.take_knock(2);
+                fixture.time.advance(patience);
+                fixture.worker.take_knock(2);
+            };
+            knocks(&mut fixture);
+            assert_eq!((fixture.finding("this host's WireGuard"), fixture.worker.reopen), (None, false));
+            fixture.worker.bare = true;
+            fixture.worker.choice.backend = Backend::Kernel;
+            fixture.worker.take_knock(99);
+            knocks(&mut fixture);
+            let said = fixture.finding("this host's WireGuard").expect("a finding is raised");
+            assert!(said.contains("bravo") && said.contains("relay"), "{said}");
+            assert!(!fixture.worker.reopen, "whoever insists on an engine keeps it");
+            assert_eq!(fixture.worker.status().lacks.len(), crate::network::KERNEL_LACKS.len());
+            fixture.worker.publish_unreached();
+            assert_eq!(*fixture.handle.unreached.borrow(), [2]);
+
+            fixture.worker.choice.backend = Backend::Auto;
+            fixture.worker.take_knock(2);
+            assert!(fixture.worker.reopen);
+            let choice = Choice::of(Backend::Auto, &fixture.worker.state, fixture.worker.clock.now());
+            assert_eq!(choice.backend, Backend::Userspace);
+            assert!(choice.why_not_kernel.is_some_and(|why| why.contains("bravo")));
+        });
+    });
+}
