@@ -42,6 +42,7 @@ mod reason;
 
 mod chain;
 mod leaf;
+mod succession;
 mod tls;
 
 pub mod bundle;
@@ -84,6 +85,9 @@ pub use serial::{SerialError, SerialNumber};
 pub use spec::{
     AcceptedProfile, DNS_RULES_MAX, DnsRule, IpRule, KeyFamily, NameGrant, NameOwner, Placement, ProfileSpec,
     RequestRefusal, RevocationForm, SPEC_LIFETIME_MIN, ServiceKind, SpecError, SpecRequest, UnknownKeyFamily,
+};
+pub use succession::{
+    LINEAGE_MAX, ca_key_identifier, check_cross, is_signed_by, vouch_for_root, vouched_roots,
 };
 pub use template::{LeafTemplate, NO_REV_AVAIL_LIFETIME_MAX, SANS_PER_CERT_MAX, SubjectForm, TemplateError};
 pub use tls::{AcceptedController, ClientVerifier, ControllerVerifier, PinnedControllerVerifier};

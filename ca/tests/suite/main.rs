@@ -16,4 +16,5 @@ mod lints;
 mod ocsp;
 mod smuggling;
 mod specs;
+mod succession;
 mod tls;
