@@ -49,7 +49,8 @@ impl Caller {
             | K::RecordCrl
             | K::OpenCrlShards
             | K::RecordDenials
-            | K::HoldClock => self == Caller::Controller,
+            | K::HoldClock
+            | K::AcknowledgeBundle => self == Caller::Controller,
             K::RequestEnrollment | K::Enroll | K::LoginOperator => self == Caller::Token,
             K::RenewIdentity | K::ResumeIdentity | K::LeaveNode => self == Caller::Node,
             K::CreateToken | K::RevokeToken | K::ApproveNode => self.rank() >= ENROLLER,
@@ -57,7 +58,15 @@ impl Caller {
                 self.rank() >= OPERATOR
             }
             K::IssueCertificate | K::RevokeCertificates => self.rank() >= OPERATOR || self == Caller::Node,
-            K::AddOperator | K::RemoveOperator | K::ConfirmClock => self.rank() >= ADMIN,
+            K::AddOperator
+            | K::RemoveOperator
+            | K::ConfirmClock
+            | K::StartRotation
+            | K::AbortRotation
+            | K::ExportRoot
+            | K::SealRoot => self.rank() >= ADMIN,
+            // The controller itself only where the admin who started it said so.
+            K::AdvanceRotation => self.rank() >= ADMIN || self == Caller::Controller,
         }
     }
 
@@ -108,6 +117,12 @@ mod tests {
             (CommandKind::LoginOperator, "...x...."),
             (CommandKind::RecordCrl, ".x......"),
             (CommandKind::OpenCrlShards, ".x......"),
+            (CommandKind::StartRotation, "x...x..."),
+            (CommandKind::AdvanceRotation, "xx..x..."),
+            (CommandKind::AbortRotation, "x...x..."),
+            (CommandKind::AcknowledgeBundle, ".x......"),
+            (CommandKind::ExportRoot, "x...x..."),
+            (CommandKind::SealRoot, "x...x..."),
             (CommandKind::RecordDenials, ".x......"),
             (CommandKind::HoldClock, ".x......"),
             (CommandKind::ConfirmClock, "x...x..."),

@@ -94,6 +94,9 @@ pub struct CaRecord {
     #[serde(with = "crate::bytes::vec")]
     pub der: Vec<u8>,
     pub is_root: bool,
+    /// Its key is not on the controller, and never was.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sealed: bool,
 }
 
 /// When and why a certificate stopped to count.

@@ -10,6 +10,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::authority::{Authority, Bundle, Cross, Rotation, Standing};
 use crate::certificate::{CertificateRecord, Owner, Reason};
 use crate::command::{Actor, Denial, Role};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
@@ -162,6 +163,33 @@ pub enum Change {
         issuer_key_id: KeyId,
         group: ShardGroup,
     },
+    AuthorityAdded {
+        authority: Authority,
+    },
+    AuthorityStanding {
+        key_id: KeyId,
+        standing: Standing,
+    },
+    RootCrossSigned {
+        cross: Cross,
+    },
+    /// The rotation as it is from now on.
+    RotationChanged {
+        rotation: Option<Rotation>,
+    },
+    BundleIssued {
+        bundle: Bundle,
+    },
+    BundleAcknowledged {
+        version: u64,
+        nodes: BTreeSet<NodeId>,
+    },
+    RootExported {
+        key_id: KeyId,
+    },
+    RootSealed {
+        key_id: KeyId,
+    },
     Denied {
         denial: Denial,
     },
@@ -249,6 +277,23 @@ impl Change {
                 let ShardGroup { first, count, base_url } = group;
                 format!("{count} CRL shards of {issuer_key_id} opened from {first} at {base_url}")
             }
+            Change::AuthorityAdded { authority } => {
+                let kind = if authority.is_root { "root" } else { "issuing CA" };
+                format!("{kind} {} added", authority.key_id)
+            }
+            Change::AuthorityStanding { key_id, standing } => format!("CA {key_id} is {}", standing.as_str()),
+            Change::RootCrossSigned { cross } => format!("root {} signed by root {}", cross.root, cross.by),
+            Change::RotationChanged { rotation: Some(rotation) } => describe_rotation(rotation),
+            Change::RotationChanged { rotation: None } => "rotation ended".to_owned(),
+            Change::BundleIssued { bundle } => {
+                let (roots, issuers) = (bundle.roots.len(), bundle.issuers.len());
+                format!("bundle {}: {roots} roots, {issuers} issuing CAs", bundle.version)
+            }
+            Change::BundleAcknowledged { version, nodes } => {
+                format!("bundle {version} taken up by nodes [{}]", list(nodes))
+            }
+            Change::RootExported { key_id } => format!("key of root {key_id} exported, encrypted"),
+            Change::RootSealed { key_id } => format!("root {key_id} is offline"),
             Change::Denied { denial } => {
                 let Denial { caller, action, reason, count, .. } = denial;
                 format!("{caller} refused {action} {count} times: {reason}")
@@ -272,6 +317,12 @@ fn describe(certificate: &CertificateRecord) -> String {
     let names: Vec<String> =
         names.iter().map(ToString::to_string).chain(ips.iter().map(ToString::to_string)).collect();
     format!("{profile} certificate {serial} for {owner} [{}] until {not_after}", names.join(" "))
+}
+
+fn describe_rotation(rotation: &Rotation) -> String {
+    let Rotation { kind, phase, from, to, aborted, .. } = rotation;
+    let back = if *aborted { ", on its way back" } else { "" };
+    format!("rotation of the {} CA from {from} to {to}, phase {}{back}", kind.as_str(), phase.as_str())
 }
 
 fn describe_token(token: &Token) -> String {

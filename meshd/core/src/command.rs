@@ -8,6 +8,7 @@ use std::str::FromStr;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
+use crate::authority::Cross;
 use crate::certificate::{CaRecord, CertificateRecord, Reason};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
 use crate::names::{DnsName, NodeName, OperatorName, Tag};
@@ -253,6 +254,34 @@ pub enum Command {
         count: u16,
         base_url: String,
     },
+    /// Announces a new issuing authority, and a new root with it or none. `crosses` are the signatures of
+    /// both roots on each other.
+    StartRotation {
+        issuing: CaRecord,
+        root: Option<CaRecord>,
+        crosses: Vec<Cross>,
+        auto: bool,
+    },
+    /// `version` is the bundle that the caller saw, so that two callers do not take two steps.
+    AdvanceRotation {
+        version: u64,
+    },
+    AbortRotation {
+        version: u64,
+    },
+    /// These nodes have a bundle on disk, in effect and in every folder, and said so under their current identity.
+    AcknowledgeBundle {
+        version: u64,
+        nodes: BTreeSet<NodeId>,
+    },
+    /// A root's key is about to be handed out, encrypted.
+    ExportRoot {
+        key_id: KeyId,
+    },
+    /// A root's key leaves the controller.
+    SealRoot {
+        key_id: KeyId,
+    },
     RecordDenials {
         denials: Vec<Denial>,
     },
@@ -304,6 +333,12 @@ kinds! {
     LoginOperator = "operator.login",
     RecordCrl = "crl.issue",
     OpenCrlShards = "crl.open",
+    StartRotation = "ca.rotate-start",
+    AdvanceRotation = "ca.rotate-advance",
+    AbortRotation = "ca.rotate-abort",
+    AcknowledgeBundle = "ca.acknowledge",
+    ExportRoot = "ca.export-root",
+    SealRoot = "ca.seal",
     RecordDenials = "denials.record",
     HoldClock = "clock.hold",
     ConfirmClock = "clock.confirm",
@@ -341,6 +376,12 @@ impl Command {
             Command::LoginOperator { .. } => CommandKind::LoginOperator,
             Command::RecordCrl { .. } => CommandKind::RecordCrl,
             Command::OpenCrlShards { .. } => CommandKind::OpenCrlShards,
+            Command::StartRotation { .. } => CommandKind::StartRotation,
+            Command::AdvanceRotation { .. } => CommandKind::AdvanceRotation,
+            Command::AbortRotation { .. } => CommandKind::AbortRotation,
+            Command::AcknowledgeBundle { .. } => CommandKind::AcknowledgeBundle,
+            Command::ExportRoot { .. } => CommandKind::ExportRoot,
+            Command::SealRoot { .. } => CommandKind::SealRoot,
             Command::RecordDenials { .. } => CommandKind::RecordDenials,
             Command::HoldClock => CommandKind::HoldClock,
             Command::ConfirmClock => CommandKind::ConfirmClock,

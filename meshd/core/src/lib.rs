@@ -13,6 +13,7 @@ pub mod ids;
 pub mod names;
 pub mod time;
 
+pub mod authority;
 pub mod certificate;
 pub mod change;
 pub mod command;
@@ -32,6 +33,7 @@ pub mod relay;
 pub mod rotation;
 pub mod stun;
 
+pub use authority::{Authority, Bundle, Cross, Phase, Rotation, RotationKind, Standing, Waiting};
 pub use certificate::{CaRecord, CertificateRecord, Owner, Reason, Revocation};
 pub use change::{Change, Record};
 pub use command::{Actor, Command, CommandKind, Denial, Made, Request, Role, Which};

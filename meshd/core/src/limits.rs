@@ -63,6 +63,10 @@ pub const CRL_SHARDS_MAX: u16 = 4_096;
 pub const CRL_SHARDS_PER_GROUP_MAX: u16 = 256;
 /// Characters of the base address of published CRLs; the path takes some 60 more.
 pub const BASE_URL_CHARS_MAX: usize = 150;
+/// Authorities there may ever have been.
+pub const AUTHORITIES_MAX: usize = 256;
+/// Bundles that are remembered; nodes that are away for longer come back as if they had none.
+pub const BUNDLES_MAX: usize = 64;
 /// Certificate authorities recorded at creation.
 pub const CAS_MAX: usize = 16;
 /// Addresses taken from a pool only when it is at least this big (prefix length at most 30).

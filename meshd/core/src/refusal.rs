@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::authority::Gap;
 use crate::certificate::Reason;
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
 use crate::names::{NameError, NodeName, OperatorName, ProfileName};
@@ -132,6 +133,31 @@ pub enum Refusal {
     ServiceOutsideProfile { profile: ProfileName, service: String },
     #[error("profile {profile} was changed while the certificate was made")]
     ProfileChanged { profile: String },
+    // Authorities and their change.
+    #[error("issuer {issuer} does not issue (it is {standing})")]
+    IssuerNotActive { issuer: KeyId, standing: &'static str },
+    #[error("authority is refused: {what}")]
+    AuthorityInvalid { what: &'static str },
+    #[error("a rotation to issuer {to} is under way")]
+    RotationRunning { to: KeyId },
+    #[error("no rotation is under way")]
+    RotationNone,
+    #[error("the rotation has moved on: bundle {now}, not {asked}")]
+    RotationMoved { asked: u64, now: u64 },
+    #[error("the rotation is on its way back already")]
+    RotationAborted,
+    #[error("the rotation waits for {nodes} nodes, {leaves} certificates, {crls} CRLs")]
+    RotationWaits { nodes: usize, leaves: usize, crls: usize },
+    #[error(transparent)]
+    TrustGap { gap: Gap },
+    #[error("certificate {serial} of issuer {issuer} is in use")]
+    LeafInUse { serial: Serial, issuer: KeyId },
+    #[error("node {node} does not trust issuer {issuer} yet")]
+    NodeBlind { node: NodeName, issuer: KeyId },
+    #[error("the key of root {root} is not on the controller")]
+    RootSealed { root: KeyId },
+    #[error("the key of root {root} has not been exported")]
+    RootNotExported { root: KeyId },
 
     // Policy and operators.
     #[error("policy is invalid: {}", .problems.join("; "))]

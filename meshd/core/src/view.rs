@@ -78,11 +78,13 @@ impl World {
     pub fn delta_for(&self, id: NodeId, since: u64) -> Option<Delta> {
         let node = self.active(id)?;
         let touched = self.touched_since(since)?;
-        if touched.policy || touched.own.contains(&id) {
+        if touched.policy || touched.trust || touched.own.contains(&id) {
             return None;
         }
         let rules = self.policy().about(subject(node));
-        let mut delta = Delta { crls: touched.crls, ..Delta::default() };
+        // What an authority says that nobody trusts any more is for others.
+        let crls = touched.crls.into_iter().filter(|(issuer, _)| self.is_trusted(issuer)).collect();
+        let mut delta = Delta { crls, ..Delta::default() };
         for other in touched.nodes.into_iter().filter(|other| *other != id) {
             match self.node(other).and_then(|peer| see(node, &rules, peer)) {
                 Some(peer) => drop(delta.upserts.insert(other, peer)),

@@ -8,6 +8,7 @@ mod decide;
 mod index;
 mod shards;
 mod state;
+pub(crate) mod trust;
 mod wish;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -22,7 +23,8 @@ pub use self::shards::{Place, ShardGroup, crl_path, is_base_url};
 pub use self::state::*;
 pub use self::wish::{About, Asker, Verdict, Wish};
 use crate::addresses;
-use crate::certificate::{CaRecord, Owner};
+use crate::authority::{Authority, Bundle, Cross, Rotation};
+use crate::certificate::Owner;
 use crate::change::{Change, Record};
 use crate::command::{Actor, Request, Role};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, TokenId, WgKey};
@@ -70,6 +72,16 @@ struct State {
     /// Touches of records up to this one are forgotten.
     touched_floor: u64,
     pruned_at: UtcTime,
+    /// In the order of their coming.
+    #[serde(default)]
+    authorities: Vec<Authority>,
+    #[serde(default)]
+    crosses: Vec<Cross>,
+    /// By version; the newest is what nodes are to trust.
+    #[serde(default)]
+    bundles: BTreeMap<u64, Bundle>,
+    #[serde(default)]
+    rotation: Option<Rotation>,
 }
 
 /// Sequence numbers, time, and the mesh as a whole.
@@ -121,10 +133,6 @@ impl World {
 
     pub fn mesh_id(&self) -> Option<&[u8; 16]> {
         self.mesh().map(|mesh| &mesh.mesh_id)
-    }
-
-    pub fn cas(&self) -> &[CaRecord] {
-        self.mesh().map_or(&[], |mesh| &mesh.cas)
     }
 
     pub fn ipv6_prefix(&self) -> Option<Ipv6Net> {

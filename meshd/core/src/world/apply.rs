@@ -3,14 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    CertificateState, Enrollment, Identity, Node, NodeState, Operation, Operator, Outcome, Stop, Touched,
-    World,
+    CertificateState, Enrollment, Identity, Mesh, Node, NodeState, Operation, Operator, Outcome, Stop,
+    Touched, World,
 };
+use crate::authority::{Authority, Standing};
 use crate::certificate::{CertificateRecord, Owner, Reason, Revocation};
 use crate::change::{Change, Record};
 use crate::command::Actor;
-use crate::ids::{NodeId, Serial};
-use crate::limits::{OPERATION_MEMORY, OPERATIONS_MAX, PRUNE_INTERVAL, TOKEN_RETENTION, TOUCHED_RECORDS_MAX};
+use crate::ids::{KeyId, NodeId, Serial};
+use crate::limits::{
+    BUNDLES_MAX, OPERATION_MEMORY, OPERATIONS_MAX, PRUNE_INTERVAL, TOKEN_RETENTION, TOUCHED_RECORDS_MAX,
+};
 use crate::names::{NodeName, Tag};
 use crate::time::UtcTime;
 
@@ -49,7 +52,7 @@ impl World {
 
     fn apply_change(&mut self, moment: Moment, change: &Change) {
         match change {
-            Change::MeshCreated { mesh } => self.state.mesh = Some(mesh.clone()),
+            Change::MeshCreated { mesh } => self.create(mesh),
             Change::ControllerCertified { certificate } => {
                 self.add_certificate(moment, certificate);
                 self.state.controller = Some(certificate.serial);
@@ -74,7 +77,12 @@ impl World {
             }
             Change::IdentityRenewed { id, wireguard, certificate, previous, .. } => {
                 self.add_certificate(moment, certificate);
+                let newest = self.bundle_version();
                 self.update_node(*id, |node| {
+                    // Whoever comes back after its end has the bundle that came with the answer, or nothing.
+                    if !node.is_live(moment.at) {
+                        node.given = newest;
+                    }
                     node.rotate_keys &= node.wireguard.first() == wireguard.first();
                     node.wireguard.clone_from(wireguard);
                     node.vouched.extend(wireguard);
@@ -139,6 +147,33 @@ impl World {
                 let groups = self.state.shard_groups.entry(issuer_key_id.clone()).or_default();
                 groups.push(group.clone());
             }
+            Change::AuthorityAdded { authority } => self.state.authorities.push(authority.clone()),
+            Change::AuthorityStanding { key_id, standing } => {
+                self.update_authority(key_id, |authority| authority.standing = *standing);
+            }
+            Change::RootCrossSigned { cross } => self.state.crosses.push(cross.clone()),
+            Change::RotationChanged { rotation } => self.state.rotation.clone_from(rotation),
+            Change::BundleIssued { bundle } => {
+                self.state.bundles.insert(bundle.version, bundle.clone());
+                while self.state.bundles.len() > BUNDLES_MAX {
+                    self.state.bundles.pop_first();
+                }
+            }
+            Change::BundleAcknowledged { version, nodes } => {
+                for id in nodes {
+                    // Only what a node says under its current identity is noted: it has received that one.
+                    self.update_node(*id, |node| {
+                        node.bundle = node.bundle.max(*version);
+                        node.proved = true;
+                    });
+                }
+            }
+            Change::RootExported { key_id } => {
+                self.update_authority(key_id, |authority| authority.exported = true);
+            }
+            Change::RootSealed { key_id } => {
+                self.update_authority(key_id, |authority| authority.sealed = true);
+            }
             Change::Denied { .. } => {}
             Change::ClockHeld => self.state.clock_held = true,
             Change::ClockConfirmed => self.state.clock_held = false,
@@ -170,6 +205,7 @@ impl World {
             Change::CrlIssued { crl } => {
                 touched.crls.insert((crl.issuer_key_id.clone(), crl.shard));
             }
+            Change::BundleIssued { .. } => touched.trust = true,
             Change::MeshCreated { .. }
             | Change::ControllerCertified { .. }
             | Change::ResponderCertified { .. }
@@ -186,9 +222,48 @@ impl World {
             | Change::OperatorRemoved { .. }
             | Change::OperatorCertified { .. }
             | Change::CrlShardsOpened { .. }
+            | Change::AuthorityAdded { .. }
+            | Change::AuthorityStanding { .. }
+            | Change::RootCrossSigned { .. }
+            | Change::RotationChanged { .. }
+            | Change::BundleAcknowledged { .. }
+            | Change::RootExported { .. }
+            | Change::RootSealed { .. }
             | Change::Denied { .. }
             | Change::ClockHeld
             | Change::ClockConfirmed => {}
+        }
+    }
+
+    /// The authorities that a mesh begins with are its first bundle.
+    fn create(&mut self, mesh: &Mesh) {
+        self.state.mesh = Some(mesh.clone());
+        // The last of each kind counts, as it did before authorities could change.
+        let last = |is_root: bool| mesh.cas.iter().rfind(|ca| ca.is_root == is_root);
+        let (Some(root), Some(issuing)) = (last(true), last(false)) else { return };
+        self.state.authorities = mesh
+            .cas
+            .iter()
+            .map(|ca| Authority {
+                key_id: ca.key_id.clone(),
+                der: ca.der.clone(),
+                is_root: ca.is_root,
+                root: if ca.is_root { ca.key_id.clone() } else { root.key_id.clone() },
+                standing: match ca.key_id == root.key_id || ca.key_id == issuing.key_id {
+                    true => Standing::Active,
+                    false => Standing::Retiring,
+                },
+                exported: false,
+                sealed: ca.sealed,
+            })
+            .collect();
+        let bundle = self.next_bundle(&issuing.key_id, &[]);
+        self.state.bundles.insert(bundle.version, bundle);
+    }
+
+    fn update_authority(&mut self, key_id: &KeyId, update: impl FnOnce(&mut Authority)) {
+        if let Some(authority) = self.state.authorities.iter_mut().find(|known| known.key_id == *key_id) {
+            update(authority);
         }
     }
 
@@ -211,6 +286,8 @@ impl World {
                     ipv4: Some(*ipv4),
                     current: Some(Identity::from(certificate)),
                     enrolled_at: Some(moment.at),
+                    bundle: self.bundle_version(),
+                    given: self.bundle_version(),
                     ..pending_node(*id, name.clone(), tags.clone(), enrollment)
                 }
             }
@@ -359,6 +436,8 @@ fn pending_node(id: NodeId, name: NodeName, tags: BTreeSet<Tag>, enrollment: Enr
         rotate_keys: false,
         stopped: BTreeMap::new(),
         reissue: BTreeSet::new(),
+        bundle: 0,
+        given: 0,
     }
 }
 

@@ -5,11 +5,12 @@ mod enrollment;
 mod mesh;
 mod nodes;
 mod operators;
+mod rotation;
 mod tokens;
 
 use super::{NameOwner, NodeState, Outcome, World};
 use crate::auth::Caller;
-use crate::certificate::{CertificateRecord, Owner};
+use crate::certificate::{CertificateRecord, Owner, PROFILE_OCSP};
 use crate::change::Change;
 use crate::command::{Actor, Command, CommandKind, Request};
 use crate::ids::{KeyHash, NodeId, WgKey};
@@ -103,6 +104,12 @@ impl World {
             }
             Command::RecordCrl { .. } => self.decide_crl(command),
             Command::OpenCrlShards { .. } => self.decide_open_shards(command),
+            Command::StartRotation { .. } => self.decide_start_rotation(now, command),
+            Command::AdvanceRotation { version } => self.decide_advance_rotation(now, actor, *version),
+            Command::AbortRotation { version } => self.decide_abort_rotation(now, *version),
+            Command::AcknowledgeBundle { version, nodes } => self.decide_acknowledge_bundle(*version, nodes),
+            Command::ExportRoot { key_id } => self.decide_export_root(key_id),
+            Command::SealRoot { key_id } => self.decide_seal_root(now, key_id),
             Command::RecordDenials { denials } => self.decide_denials(denials),
             Command::HoldClock if self.clock_held() => Ok(Decision::AlreadyDone),
             Command::HoldClock => Ok(Decision::Changes(vec![Change::ClockHeld])),
@@ -198,8 +205,16 @@ impl World {
         if certificate.not_before >= certificate.not_after || certificate.not_after <= now.at {
             return mismatch("it has expired");
         }
-        if !now.mesh.cas.iter().any(|ca| ca.key_id == certificate.issuer_key_id) {
-            return Err(Refusal::IssuerUnknown { issuer: certificate.issuer_key_id.clone() });
+        let issuer = &certificate.issuer_key_id;
+        match self.authority(issuer).filter(|issuer| !issuer.is_root) {
+            None => return Err(Refusal::IssuerUnknown { issuer: issuer.clone() }),
+            // A delegate answers for an authority from its first leaf to the end of its last one.
+            Some(known) if certificate.profile == PROFILE_OCSP && self.answers(known) => {}
+            Some(known) if !known.standing.may_issue() => {
+                let standing = known.standing.as_str();
+                return Err(Refusal::IssuerNotActive { issuer: issuer.clone(), standing });
+            }
+            Some(_) => {}
         }
         if !self.has_shard(&certificate.issuer_key_id, certificate.shard) {
             return mismatch("its CRL shard does not exist");
@@ -269,7 +284,10 @@ const fn depends_on_time(kind: CommandKind) -> bool {
         | K::ResumeIdentity
         | K::IssueCertificate
         | K::AddOperator
-        | K::LoginOperator => true,
+        | K::LoginOperator
+        | K::StartRotation
+        | K::AdvanceRotation
+        | K::SealRoot => true,
         K::CreateMesh
         | K::RevokeToken
         | K::ApproveNode
@@ -283,6 +301,9 @@ const fn depends_on_time(kind: CommandKind) -> bool {
         | K::RemoveOperator
         | K::RecordCrl
         | K::OpenCrlShards
+        | K::AbortRotation
+        | K::AcknowledgeBundle
+        | K::ExportRoot
         | K::RecordDenials
         | K::HoldClock
         | K::ConfirmClock => false,

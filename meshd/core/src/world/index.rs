@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use super::{CertificateState, Node, State};
+use crate::certificate::PROFILE_OCSP;
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, WgKey};
 use crate::names::{DnsName, NodeName};
 use crate::time::UtcTime;
@@ -26,6 +27,8 @@ pub(super) struct Index {
     pub(super) revoked: BTreeMap<KeyId, BTreeMap<u16, BTreeSet<Serial>>>,
     /// How many certificates each shard has.
     pub(super) shard_sizes: BTreeMap<KeyId, BTreeMap<u16, usize>>,
+    /// How many certificates each issuer has, those of OCSP delegates not counted: they only answer for others.
+    pub(super) issued: BTreeMap<KeyId, usize>,
     pub(super) ends: BTreeSet<(UtcTime, Serial)>,
     pub(super) operations: BTreeSet<(UtcTime, OperationId)>,
 }
@@ -73,6 +76,9 @@ impl Index {
         self.ends.insert((certificate.not_after, serial));
         let sizes = self.shard_sizes.entry(certificate.issuer_key_id.clone()).or_default();
         *sizes.entry(certificate.shard).or_default() += 1;
+        if certificate.profile != PROFILE_OCSP {
+            *self.issued.entry(certificate.issuer_key_id.clone()).or_default() += 1;
+        }
         if certificate.revoked.is_some() {
             self.add_revoked(certificate);
         }
@@ -111,6 +117,14 @@ impl Index {
             }
             if sizes.is_empty() {
                 self.shard_sizes.remove(&certificate.issuer_key_id);
+            }
+        }
+        if certificate.profile != PROFILE_OCSP
+            && let Some(issued) = self.issued.get_mut(&certificate.issuer_key_id)
+        {
+            *issued -= 1;
+            if *issued == 0 {
+                self.issued.remove(&certificate.issuer_key_id);
             }
         }
     }

@@ -72,8 +72,9 @@ impl World {
         let groups = self.shard_groups(issuer);
         let Some(newest) = groups.last() else { return vec![0] };
         let mut shards: Vec<u16> = (self.shard_size(issuer, 0) > 0).then_some(0).into_iter().collect();
+        let issues = self.is_trusted(issuer);
         for group in groups {
-            let open = group.base_url == newest.base_url;
+            let open = issues && group.base_url == newest.base_url;
             let range = group.first..group.first + group.count;
             shards.extend(range.filter(|shard| open || self.shard_size(issuer, *shard) > 0));
         }
@@ -148,7 +149,7 @@ impl World {
         let Command::OpenCrlShards { issuer_key_id, count, base_url } = command else {
             return Ok(Decision::AlreadyDone);
         };
-        let issuer = self.cas().iter().find(|ca| ca.key_id == *issuer_key_id && !ca.is_root);
+        let issuer = self.authority(issuer_key_id).filter(|ca| !ca.is_root);
         if issuer.is_none() {
             return Err(Refusal::IssuerUnknown { issuer: issuer_key_id.clone() });
         }

@@ -75,6 +75,12 @@ pub struct Node {
     pub stopped: BTreeMap<String, Stop>,
     /// Pairs to issue again at once with a new key.
     pub reissue: BTreeSet<String>,
+    /// The newest bundle it acknowledged; 0 before the first.
+    #[serde(default)]
+    pub bundle: u64,
+    /// The bundle it was given when it came in, or came back: it has no older one.
+    #[serde(default)]
+    pub given: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -281,6 +287,9 @@ pub struct Touched {
     pub policy: bool,
     /// Issuers and shards with a newer CRL.
     pub crls: BTreeSet<(KeyId, u16)>,
+    /// A new bundle.
+    #[serde(default)]
+    pub trust: bool,
 }
 
 impl Touched {
@@ -293,6 +302,7 @@ impl Touched {
         self.own.extend(&other.own);
         self.policy |= other.policy;
         self.crls.extend(other.crls.iter().cloned());
+        self.trust |= other.trust;
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh_core::policy::STARTER_POLICY;
 use mesh_core::{
-    Actor, CaRecord, CertificateRecord, Change, Command, Decision, KeyHash, KeyId, NodeId, NodeName,
+    Actor, CaRecord, CertificateRecord, Change, Command, Cross, Decision, KeyHash, KeyId, NodeId, NodeName,
     OperationId, OperatorName, Owner, Record, Refusal, Request, Role, Serial, Tag, TokenId, UtcTime, WgKey,
     Which, World,
 };
@@ -132,7 +132,7 @@ impl Fixture {
             shard: self.world.place_for(&issuer(), &serial).shard,
             not_before: self.now - Duration::from_secs(900),
             not_after: self.now + 72 * HOUR,
-            issuer_key_id: issuer(),
+            issuer_key_id: self.world.active_issuer().map_or_else(issuer, |active| active.key_id.clone()),
             der: serial.0.to_vec(),
         }
     }
@@ -232,14 +232,23 @@ impl Fixture {
 
     /// Records the next CRL of a shard, signed now.
     pub(crate) fn crl_of(&mut self, shard: u16) {
+        self.next_crl(&issuer(), shard, 7 * DAY);
+    }
+
+    /// Records the next CRL of an issuer's first shard, signed now.
+    pub(crate) fn crl_by(&mut self, issuer: &KeyId, lasts: Duration) {
+        self.next_crl(issuer, 0, lasts);
+    }
+
+    fn next_crl(&mut self, issuer: &KeyId, shard: u16, lasts: Duration) {
         let command = Command::RecordCrl {
-            issuer_key_id: issuer(),
+            issuer_key_id: issuer.clone(),
             shard,
-            number: self.world.last_crl_number(&issuer(), shard) + 1,
+            number: self.world.last_crl_number(issuer, shard) + 1,
             covers_seq: self.world.head_seq(),
             digest: self.bytes(),
             this_update: self.now,
-            next_update: self.now + 7 * DAY,
+            next_update: self.now + lasts,
         };
         self.ok(Actor::Controller, command);
     }
@@ -267,8 +276,8 @@ pub(crate) fn create_mesh(policy: &str) -> Command {
         controller_name: "ctl-1".to_owned(),
         ipv4_pool: "100.64.0.0/10".parse().unwrap(),
         cas: vec![
-            CaRecord { key_id: KeyId(vec![9; 20]), der: vec![1], is_root: true },
-            CaRecord { key_id: issuer(), der: vec![2], is_root: false },
+            CaRecord { key_id: KeyId(vec![9; 20]), der: vec![1], is_root: true, sealed: false },
+            CaRecord { key_id: issuer(), der: vec![2], is_root: false, sealed: false },
         ],
         starter_policy: policy.to_owned(),
     }
@@ -276,6 +285,29 @@ pub(crate) fn create_mesh(policy: &str) -> Command {
 
 pub(crate) fn issuer() -> KeyId {
     KeyId(vec![8; 20])
+}
+
+pub(crate) fn root() -> KeyId {
+    KeyId(vec![9; 20])
+}
+
+/// A rotation to authorities with keys made of `byte`; with a new root, or under the one that is.
+pub(crate) fn start_rotation(world: &World, byte: u8, new_root: bool, auto: bool) -> Command {
+    let old = world.active_root().unwrap().key_id.clone();
+    let (new, issuing) = (KeyId(vec![byte; 20]), KeyId(vec![byte + 1; 20]));
+    let ca = |key_id: &KeyId, is_root| CaRecord {
+        key_id: key_id.clone(),
+        der: key_id.0.clone(),
+        is_root,
+        sealed: false,
+    };
+    let cross = |root: &KeyId, by: &KeyId| Cross { root: root.clone(), by: by.clone(), der: vec![byte] };
+    Command::StartRotation {
+        issuing: ca(&issuing, false),
+        root: new_root.then(|| ca(&new, true)),
+        crosses: if new_root { vec![cross(&new, &old), cross(&old, &new)] } else { Vec::new() },
+        auto,
+    }
 }
 
 pub(crate) fn tag_set(tags: &[&str]) -> BTreeSet<Tag> {

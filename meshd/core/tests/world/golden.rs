@@ -2,13 +2,16 @@
 //! written again once shipped; when World only *holds* things differently, the digest of World changes and
 //! the reason stands in that commit.
 
-use mesh_core::{Actor, Change, Command, Denial, Reason, Record, Role, WgKey, World};
+use mesh_core::{Actor, Change, Command, Denial, KeyId, Reason, Record, Role, WgKey, World};
 use sha2::{Digest, Sha256};
 
 use crate::fixture::*;
 
-const JOURNAL: &str = include_str!("../golden/v1.json");
-const DIGESTS: &str = include_str!("../golden/v1.digests");
+/// Each version's journal and digests; a later one holds the kinds of change that came with it.
+const GOLDEN: [(&str, &str, &str); 2] = [
+    ("v1", include_str!("../golden/v1.json"), include_str!("../golden/v1.digests")),
+    ("v2", include_str!("../golden/v2.json"), include_str!("../golden/v2.digests")),
+];
 
 fn cbor_digest<T: serde::Serialize>(value: &T) -> String {
     let mut bytes = Vec::new();
@@ -29,19 +32,22 @@ fn digests(records: &[Record]) -> String {
 }
 
 #[test]
-fn the_golden_journal_replays_to_the_same_world() {
-    let records: Vec<Record> = serde_json::from_str(JOURNAL).unwrap();
-    assert_eq!(digests(&records), DIGESTS);
-    for record in &records {
-        let mut bytes = Vec::new();
-        ciborium::into_writer(record, &mut bytes).unwrap();
-        assert_eq!(&ciborium::from_reader::<Record, _>(bytes.as_slice()).unwrap(), record);
+fn the_golden_journals_replay_to_the_same_worlds() {
+    for (version, journal, expected) in GOLDEN {
+        let records: Vec<Record> = serde_json::from_str(journal).unwrap();
+        assert_eq!(digests(&records), expected, "{version}");
+        for record in &records {
+            let mut bytes = Vec::new();
+            ciborium::into_writer(record, &mut bytes).unwrap();
+            assert_eq!(&ciborium::from_reader::<Record, _>(bytes.as_slice()).unwrap(), record);
+        }
     }
 }
 
 #[test]
-fn the_golden_journal_has_every_kind_of_change() {
-    let records: Vec<serde_json::Value> = serde_json::from_str(JOURNAL).unwrap();
+fn the_golden_journals_have_every_kind_of_change() {
+    let journals = GOLDEN.iter().map(|(_, journal, _)| serde_json::from_str(journal).unwrap());
+    let records: Vec<serde_json::Value> = journals.flat_map(|all: Vec<serde_json::Value>| all).collect();
     let changes = records.iter().flat_map(|record| record["changes"].as_array().unwrap());
     let kinds: std::collections::BTreeSet<String> = changes
         .map(|change| {
@@ -55,7 +61,11 @@ fn the_golden_journal_has_every_kind_of_change() {
 
 /// Every variant of [`Change`], as it stands in records. A new variant is added here and to a new golden
 /// journal; a shipped one is never renamed.
-const KINDS: [&str; 28] = [
+const KINDS: [&str; 36] = [
+    "authority_added",
+    "authority_standing",
+    "bundle_acknowledged",
+    "bundle_issued",
     "certificate_issued",
     "certificate_revoked",
     "clock_confirmed",
@@ -80,6 +90,10 @@ const KINDS: [&str; 28] = [
     "pair_stopped",
     "policy_applied",
     "reissue_asked",
+    "root_cross_signed",
+    "root_exported",
+    "root_sealed",
+    "rotation_changed",
     "token_created",
     "token_revoked",
     "token_used",
@@ -152,18 +166,56 @@ fn story() -> Vec<Record> {
     mesh.journal
 }
 
-#[test]
-fn the_story_can_be_told_again() {
-    let records = story();
-    assert_eq!(replay(&records).head_seq(), records.len() as u64);
+/// The second one: authorities change, and a root is taken offline.
+fn story_of_authorities() -> Vec<Record> {
+    let mut mesh = Fixture::new();
+    let alpha = mesh.enroll("alpha", &[]);
+    let start = start_rotation(&mesh.world, 0x20, true, false);
+    mesh.ok(Actor::LocalRoot, start);
+    let (new_root, new_issuing) = (KeyId(vec![0x20; 20]), KeyId(vec![0x21; 20]));
+    mesh.crl_by(&new_root, 365 * DAY);
+    mesh.crl_by(&new_issuing, 7 * DAY);
+    let acknowledge = |version| Command::AcknowledgeBundle { version, nodes: [alpha.id].into() };
+    mesh.ok(Actor::Controller, acknowledge(2));
+    mesh.ok(Actor::LocalRoot, Command::AdvanceRotation { version: 2 });
+    let owner = mesh_core::Owner::Controller { name: "ctl-1".to_owned() };
+    let serial = mesh_core::Serial(mesh.bytes());
+    let certificate = mesh.certificate(owner, "controller", serial);
+    mesh.ok(Actor::Controller, Command::RecordControllerCertificate { certificate });
+    let (renewal, serial) = mesh.renewal(&alpha, false);
+    mesh.ok(alpha.actor(), renewal);
+    let renewed = Enrolled { serial, ..alpha.clone() };
+    mesh.issue(&renewed, &["alpha.mesh.internal"]);
+    mesh.ok(Actor::Controller, acknowledge(3));
+    mesh.ok(Actor::LocalRoot, Command::AdvanceRotation { version: 3 });
+    mesh.ok(Actor::LocalRoot, Command::ExportRoot { key_id: new_root.clone() });
+    mesh.ok(Actor::LocalRoot, Command::SealRoot { key_id: new_root });
+    let start = start_rotation(&mesh.world, 0x30, false, false);
+    mesh.ok(Actor::LocalRoot, start);
+    mesh.ok(Actor::LocalRoot, Command::AbortRotation { version: 5 });
+    mesh.journal
 }
 
+#[test]
+fn the_stories_can_be_told_again() {
+    for records in [story(), story_of_authorities()] {
+        assert_eq!(replay(&records).head_seq(), records.len() as u64);
+    }
+}
+
+/// A journal that is checked in is never written again; its digest of World is.
 #[test]
 #[expect(clippy::disallowed_methods, reason = "the one test that writes")]
 #[ignore = "writes the golden files; only for a new version"]
 fn write_the_golden_files() {
-    let records = story();
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    std::fs::write(folder.join("v1.json"), serde_json::to_string_pretty(&records).unwrap() + "\n").unwrap();
-    std::fs::write(folder.join("v1.digests"), digests(&records)).unwrap();
+    for (version, journal, _) in GOLDEN {
+        let mut records: Vec<Record> = serde_json::from_str(journal).unwrap();
+        if records.is_empty() {
+            records = story_of_authorities();
+            let text = serde_json::to_string_pretty(&records).unwrap() + "\n";
+            std::fs::write(folder.join(format!("{version}.json")), text).unwrap();
+        }
+        std::fs::write(folder.join(format!("{version}.digests")), digests(&records)).unwrap();
+    }
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use mesh_core::world::{Node, NodeState, Purpose};
 use mesh_core::{
-    Actor, CertificateRecord, Change, Command, Decision, KeyHash, NodeId, OperationId, OperatorName, Owner,
-    Reason, Record, Refusal, Request, Role, Serial, TokenId, UtcTime, View, WgKey, Which, World,
+    Actor, CertificateRecord, Change, Command, Decision, KeyHash, KeyId, NodeId, OperationId, OperatorName,
+    Owner, Reason, Record, Refusal, Request, Role, Serial, TokenId, UtcTime, View, WgKey, Which, World,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -24,7 +24,7 @@ struct Step {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    (0u8..26, any::<u8>(), any::<u8>(), any::<u8>(), any::<u8>()).prop_map(|(kind, actor, a, b, c)| Step {
+    (0u8..34, any::<u8>(), any::<u8>(), any::<u8>(), any::<u8>()).prop_map(|(kind, actor, a, b, c)| Step {
         kind,
         actor,
         a,
@@ -143,6 +143,7 @@ impl Machine {
             24 if a.is_multiple_of(16) => (Actor::Controller, open_shards(a, b)),
             24 if a.is_multiple_of(5) => (Actor::Controller, self.responder()),
             24 => (Actor::Controller, self.crl(a)),
+            26..=31 => self.authorities(kind, a, b, c)?,
             _ if a.is_multiple_of(16) => (Actor::Controller, Command::HoldClock),
             _ => (root, Command::ConfirmClock),
         })
@@ -259,17 +260,61 @@ impl Machine {
         Command::RecordResponder { certificate: self.mesh.certificate(owner, "ocsp", serial) }
     }
 
+    /// A rotation's steps, more often in an order that leads somewhere.
+    fn authorities(&mut self, kind: u8, a: u8, b: u8, c: u8) -> Option<(Actor, Command)> {
+        let root = Actor::LocalRoot;
+        let world = &self.mesh.world;
+        let version = world
+            .rotation()
+            .map_or(0, |rotation| rotation.version)
+            .saturating_sub(u64::from(c == 0 && a > 200));
+        let old = world.active_root()?.key_id.clone();
+        Some(match kind {
+            26 if a > 60 => {
+                let byte = u8::try_from(world.authorities().len() % 100).ok()? * 2 + 20;
+                (root, start_rotation(world, byte, b.is_multiple_of(2), c.is_multiple_of(2)))
+            }
+            26 => (root, Command::AbortRotation { version }),
+            27 => {
+                let missing = world.trusted_authorities().find(|ca| world.crl(&ca.key_id, 0).is_none());
+                let issuer_key_id = missing.map_or(old, |ca| ca.key_id.clone());
+                (Actor::Controller, self.crl_of(issuer_key_id, a))
+            }
+            28 => {
+                let nodes = world.nodes().map(|node| node.id).filter(|id| b > 80 || id.0 % 2 == 0);
+                (Actor::Controller, Command::AcknowledgeBundle { version, nodes: nodes.collect() })
+            }
+            29 => {
+                let serial = Serial(self.mesh.bytes());
+                let owner = Owner::Controller { name: "ctl-1".to_owned() };
+                let certificate = self.mesh.certificate(owner, "controller", serial);
+                (Actor::Controller, Command::RecordControllerCertificate { certificate })
+            }
+            30 => {
+                let auto = world.rotation().is_some_and(|rotation| rotation.auto);
+                (if auto { Actor::Controller } else { root }, Command::AdvanceRotation { version })
+            }
+            _ if a < 120 => (root, Command::ExportRoot { key_id: old }),
+            _ => (root, Command::SealRoot { key_id: old }),
+        })
+    }
+
     fn crl(&self, a: u8) -> Command {
-        let shards = self.mesh.world.crl_shards(&issuer());
+        self.crl_of(issuer(), a)
+    }
+
+    fn crl_of(&self, issuer: KeyId, a: u8) -> Command {
+        let lasts = if a > 128 { 365 * DAY } else { 7 * DAY };
+        let shards = self.mesh.world.crl_shards(&issuer);
         let shard = shards[usize::from(a) % shards.len()];
         Command::RecordCrl {
-            issuer_key_id: issuer(),
+            issuer_key_id: issuer.clone(),
             shard,
-            number: self.mesh.world.last_crl_number(&issuer(), shard) + u64::from(!a.is_multiple_of(8)),
+            number: self.mesh.world.last_crl_number(&issuer, shard) + u64::from(!a.is_multiple_of(8)),
             covers_seq: self.mesh.world.head_seq(),
             digest: [a; 32],
             this_update: self.mesh.world.record_time(self.mesh.now),
-            next_update: self.mesh.now + 7 * DAY,
+            next_update: self.mesh.now + lasts,
         }
     }
 
@@ -357,8 +402,18 @@ fn may(world: &World, at: UtcTime, request: &Request) -> bool {
         |serial: &Serial| world.certificate(serial).is_some_and(|c| c.revoked.is_none() && at < c.not_after);
     match actor {
         Actor::Controller => {
-            ["controller.certify", "ocsp.certify", "crl.issue", "crl.open", "denials.record", "clock.hold"]
-                .contains(&action)
+            let told =
+                world.rotation().is_some_and(|rotation| rotation.auto) && action == "ca.rotate-advance";
+            let own = [
+                "controller.certify",
+                "ocsp.certify",
+                "crl.issue",
+                "crl.open",
+                "denials.record",
+                "clock.hold",
+                "ca.acknowledge",
+            ];
+            told || own.contains(&action)
         }
         Actor::LocalRoot => ![
             "controller.certify",
@@ -367,6 +422,7 @@ fn may(world: &World, at: UtcTime, request: &Request) -> bool {
             "crl.open",
             "denials.record",
             "clock.hold",
+            "ca.acknowledge",
             "node.request",
             "node.enroll",
             "operator.login",
@@ -388,7 +444,16 @@ fn may(world: &World, at: UtcTime, request: &Request) -> bool {
                 "cert.revoke",
                 "policy.apply",
             ];
-            let admin = ["operator.add", "operator.remove", "clock.confirm"];
+            let admin = [
+                "operator.add",
+                "operator.remove",
+                "clock.confirm",
+                "ca.rotate-start",
+                "ca.rotate-advance",
+                "ca.rotate-abort",
+                "ca.export-root",
+                "ca.seal",
+            ];
             known.is_some_and(|known| match known.role {
                 Role::Admin => {
                     enroller.contains(&action) || operator.contains(&action) || admin.contains(&action)
@@ -499,6 +564,8 @@ fn check_world(world: &World) -> Result<(), TestCaseError> {
     for certificate in world.certificates() {
         check_certificate(world, certificate)?;
     }
+    let gap = world.check_trust(world.last_time());
+    prop_assert_eq!(gap, Ok(()), "a certificate in use would not verify");
     for token in world.tokens() {
         prop_assert!(token.used <= token.uses);
         prop_assert!(token.purpose == Purpose::Enrollment || token.uses == 1);

@@ -10,5 +10,6 @@ mod nodes;
 mod operators;
 mod policy;
 mod profiles;
+mod rotation;
 mod shards;
 mod view;

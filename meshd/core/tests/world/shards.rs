@@ -69,7 +69,7 @@ fn only_usable_shards_are_opened_and_only_by_the_controller() {
         assert!(matches!(refusal, Refusal::CrlMismatch { .. }), "{count} {base}");
     }
     assert!(matches!(mesh.refused(Actor::LocalRoot, open(4, BASE)), Refusal::Denied { .. }));
-    let root = mesh.world.cas().iter().find(|ca| ca.is_root).unwrap().key_id.clone();
+    let root = mesh.world.active_root().unwrap().key_id.clone();
     let of_root = Command::OpenCrlShards { issuer_key_id: root, count: 4, base_url: BASE.to_owned() };
     assert!(matches!(mesh.refused(Actor::Controller, of_root), Refusal::IssuerUnknown { .. }));
 }

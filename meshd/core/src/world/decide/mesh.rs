@@ -146,7 +146,7 @@ impl World {
             this_update: *this_update,
             next_update: *next_update,
         };
-        if !self.cas().iter().any(|ca| ca.key_id == crl.issuer_key_id) {
+        if self.authority(&crl.issuer_key_id).is_none() {
             return Err(Refusal::IssuerUnknown { issuer: crl.issuer_key_id });
         }
         if crl.shard != 0 && !self.has_shard(&crl.issuer_key_id, crl.shard) {
