@@ -85,8 +85,9 @@ impl ErrorCode {
             | C::TagInvalid
             | C::PolicyInvalid
             | C::Usage => Exit::Usage,
-            C::NotAllReached => Exit::Findings,
+            C::NotAllReached | C::RotationWaits => Exit::Findings,
             C::PassphraseWrong
+            | C::CaKeyMismatch
             | C::ControllerNotTrusted
             | C::Denied
             | C::IdentityExpired
@@ -135,7 +136,12 @@ impl ErrorCode {
             | C::TokenAnswerGone
             | C::NodePending
             | C::OperatorExists
-            | C::LastAdmin => Exit::Conflict,
+            | C::LastAdmin
+            | C::RotationRunning
+            | C::RotationNone
+            | C::RotationRefused
+            | C::RootSealed
+            | C::CeremonyMismatch => Exit::Conflict,
         }
     }
 }
