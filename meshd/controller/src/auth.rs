@@ -139,6 +139,13 @@ pub(crate) const TABLE: &[(&str, &[Kind])] = &[
     ("/mesh.v1.Audit/Log", OPERATORS),
     ("/mesh.v1.Audit/Verify", OPERATORS),
     ("/mesh.v1.Ca/Show", OPERATORS),
+    ("/mesh.v1.Ca/RotationStatus", OPERATORS),
+    ("/mesh.v1.Ca/StartRotation", OPERATORS),
+    ("/mesh.v1.Ca/AdvanceRotation", OPERATORS),
+    ("/mesh.v1.Ca/AbortRotation", OPERATORS),
+    ("/mesh.v1.Ca/ExportRoot", OPERATORS),
+    ("/mesh.v1.Ca/Seal", OPERATORS),
+    ("/mesh.v1.Ca/RequestIssuer", OPERATORS),
     ("/mesh.v1.Fleet/Status", OPERATORS),
     ("/mesh.v1.Fleet/ConfirmClock", OPERATORS),
 ];

@@ -1,8 +1,10 @@
 //! The CA with its keys in memory: the one place where identities meet X.509.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_ca::{
@@ -16,25 +18,41 @@ use sha2::{Digest as _, Sha256};
 use time::UtcDateTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
+use zeroize::Zeroizing;
 
 use crate::config::{Passphrase, Unlock};
 use crate::error::StartupError;
 use crate::profiles::{self, Custom};
 use crate::state::{read_file, replace_file};
+use crate::status::Problem;
 
-/// File of the sealed root key, below the state directory's `keys`.
-const ROOT_KEY_FILE: &str = "root.key";
-const ISSUING_KEY_FILE: &str = "issuing.key";
+/// Names of the keys that a mesh begins with; later ones carry a part of their own identifier.
 const ROOT_KEY_ID: &str = "root";
 const ISSUING_KEY_ID: &str = "issuing";
 
-/// Root and issuing CA, able to sign. Signing blocks: only on the blocking pool.
+/// The authorities whose keys are here, able to sign. Signing blocks: only on the blocking pool.
 pub(crate) struct Authority {
     domain: TrustDomain,
-    store: MemoryKeyStore,
-    root: Issuer,
-    issuing: Issuer,
-    root_spki_sha256: [u8; 32],
+    keys: PathBuf,
+    /// Seals the keys of authorities to come.
+    passphrase: Option<Passphrase>,
+    ring: RwLock<Ring>,
+}
+
+/// One key and the certificate that belongs to it.
+pub(crate) struct Signer {
+    pub(crate) issuer: Issuer,
+    pub(crate) store: Box<dyn KeyStore>,
+}
+
+#[derive(Default)]
+struct Ring {
+    signers: BTreeMap<mesh_core::KeyId, Arc<Signer>>,
+    /// As World has it: who issues, below which root.
+    active: Option<(mesh_core::Authority, mesh_core::Authority)>,
+    trusted: Vec<mesh_core::Authority>,
+    /// SHA-256 of the keys of all authorities there ever were.
+    key_hashes: BTreeSet<[u8; 32]>,
 }
 
 impl fmt::Debug for Authority {
@@ -45,7 +63,8 @@ impl fmt::Debug for Authority {
 
 /// What `init` made, before anything of it is recorded.
 pub(crate) struct NewAuthority {
-    pub(crate) authority: Authority,
+    pub(crate) cas: Vec<CaRecord>,
+    pub(crate) root_spki_sha256: [u8; 32],
     pub(crate) root_not_after: UtcDateTime,
     pub(crate) issuing_not_after: UtcDateTime,
 }
@@ -106,53 +125,47 @@ impl Authority {
         passphrase: Option<&Passphrase>,
         now: UtcDateTime,
     ) -> Result<NewAuthority, StartupError> {
-        let mut store = MemoryKeyStore::new();
-        let (root_id, issuing_id) = (key_id(ROOT_KEY_ID), key_id(ISSUING_KEY_ID));
-        for (id, purpose, file) in [
-            (&root_id, KeyPurpose::Root, ROOT_KEY_FILE),
-            (&issuing_id, KeyPurpose::Issuing, ISSUING_KEY_FILE),
-        ] {
-            let pkcs8 = store.generate(id.clone()).map_err(internal("cannot draw a CA key"))?;
-            let text = mesh_ca::seal(
-                &pkcs8,
-                id,
-                purpose,
-                unlock_with(passphrase),
-                mesh_ca::KdfParams::default(),
-                &mut random_fill,
-            )
-            .map_err(internal("cannot seal a CA key"))?;
-            let path = keys.join(file);
-            replace_file(&path, text.as_bytes()).map_err(|error| StartupError::io("write", &path, error))?;
-        }
+        let failed = |problem: KeyProblem| problem.at_start(keys);
+        let root_key = NewKey::draw(key_id(ROOT_KEY_ID), KeyPurpose::Root, passphrase).map_err(failed)?;
+        let issuing_key =
+            NewKey::draw(key_id(ISSUING_KEY_ID), KeyPurpose::Issuing, passphrase).map_err(failed)?;
         let naming = mesh_ca::CaNaming { mesh: fleet, now };
-        let root_certificate = mesh_ca::create_root(&store, &root_id, naming, &mut random_fill)
+        let root_certificate = mesh_ca::create_root(&root_key.store, &root_key.id, naming, &mut random_fill)
             .map_err(internal("cannot make the root CA"))?;
-        let root = Issuer::new(&root_certificate.der, root_id, domain.clone(), &store)
+        let root = Issuer::new(&root_certificate.der, root_key.id.clone(), domain.clone(), &root_key.store)
             .map_err(internal("cannot use the root CA"))?;
+        let both = mesh_ca::BothStores(&root_key.store, &issuing_key.store);
         let issuing_certificate =
-            mesh_ca::create_issuing_ca(&root, &store, &issuing_id, naming, &mut random_fill)
+            mesh_ca::create_issuing_ca(&root, &both, &issuing_key.id, naming, &mut random_fill)
                 .map_err(internal("cannot make the issuing CA"))?;
-        let issuing = Issuer::new(&issuing_certificate.der, issuing_id, domain.clone(), &store)
-            .map_err(internal("cannot use the issuing CA"))?;
+        for key in [&root_key, &issuing_key] {
+            key.write(keys).map_err(failed)?;
+        }
+        let record = |der: &[u8], is_root| CaRecord {
+            key_id: mesh_core::KeyId(
+                mesh_ca::ca_key_identifier(der).map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
+            ),
+            der: der.to_vec(),
+            is_root,
+            sealed: false,
+        };
         Ok(NewAuthority {
+            root_spki_sha256: root_certificate.key_hash,
             root_not_after: root_certificate.not_after,
             issuing_not_after: issuing_certificate.not_after,
-            authority: Self {
-                domain: domain.clone(),
-                root_spki_sha256: root_certificate.key_hash,
-                store,
-                root,
-                issuing,
-            },
+            cas: vec![record(&root_certificate.der, true), record(&issuing_certificate.der, false)],
         })
     }
 
-    /// Opens both keys and binds them to the certificates that World remembers.
+    /// Opens the keys of all trusted authorities but sealed ones, and binds each to the certificate that World
+    /// remembers.
+    ///
+    /// # Errors
+    /// A wrong passphrase, or a key that is another's: nothing is signed before every key has proved itself.
     pub(crate) fn open(
         keys: &Path,
         domain: &TrustDomain,
-        cas: &[CaRecord],
+        world: &WorldKeys,
         unlock: Unlock,
         passphrase: Option<&Passphrase>,
     ) -> Result<Self, StartupError> {
@@ -160,98 +173,193 @@ impl Authority {
             Unlock::None => None,
             _ => Some(passphrase.ok_or(StartupError::PassphraseMissing)?),
         };
-        let mut store = MemoryKeyStore::new();
-        let (root_id, issuing_id) = (key_id(ROOT_KEY_ID), key_id(ISSUING_KEY_ID));
-        for (id, purpose, file) in [
-            (&root_id, KeyPurpose::Root, ROOT_KEY_FILE),
-            (&issuing_id, KeyPurpose::Issuing, ISSUING_KEY_FILE),
-        ] {
-            let path = keys.join(file);
-            let text = read_file(&path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
-                .map_err(|error| StartupError::io("read", &path, error))?;
-            let pkcs8 =
-                mesh_ca::unseal(&text, id, purpose, unlock_with(passphrase)).map_err(
-                    |error| match error {
-                        mesh_ca::SealError::WrongPassphrase => StartupError::PassphraseWrong,
-                        mesh_ca::SealError::PassphraseNeeded => StartupError::PassphraseMissing,
-                        other => StartupError::StateCorrupt {
-                            path: path.clone(),
-                            what: "a CA key cannot be opened".into(),
-                            source: Some(other.into()),
-                        },
-                    },
-                )?;
-            store.insert_pkcs8(id.clone(), &pkcs8).map_err(|error| StartupError::StateCorrupt {
-                path: path.clone(),
-                what: "a CA key cannot be read".into(),
-                source: Some(error.into()),
-            })?;
-        }
-        let bind = |is_root: bool, id: KeyId| {
-            let corrupt = |what: &str, source: Option<mesh_ca::IssueError>| StartupError::StateCorrupt {
-                path: keys.into(),
-                what: what.into(),
-                source: source.map(Into::into),
-            };
-            let record = cas
-                .iter()
-                .rfind(|ca| ca.is_root == is_root)
-                .ok_or_else(|| corrupt("the journal names no such CA", None))?;
-            Issuer::new(&record.der, id, domain.clone(), &store)
-                .map_err(|error| corrupt("a CA's key and certificate do not fit", Some(error)))
+        let authority = Self {
+            domain: domain.clone(),
+            keys: keys.into(),
+            passphrase: passphrase.cloned(),
+            ring: RwLock::default(),
         };
-        let root = bind(true, root_id)?;
-        let issuing = bind(false, issuing_id)?;
-        let root_spki_sha256 =
-            store.public_key(root.key_id()).map_err(internal("cannot read the root's key"))?.key_hash();
-        Ok(Self { domain: domain.clone(), root_spki_sha256, store, root, issuing })
+        for known in world.trusted.iter() {
+            let path = authority.key_file(known);
+            if known.sealed {
+                // Sealing ended with its record; a crash may have left the file.
+                match std::fs::remove_file(&path) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(StartupError::io("remove", path, error));
+                    }
+                    _ => continue,
+                }
+            }
+            let signer = authority.open_key(known, &path)?;
+            authority.lock().signers.insert(known.key_id.clone(), Arc::new(signer));
+        }
+        authority.follow(world);
+        let ring = authority.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let ready =
+            ring.active.as_ref().is_some_and(|(issuing, _)| ring.signers.contains_key(&issuing.key_id));
+        drop(ring);
+        match ready {
+            true => Ok(authority),
+            false => Err(StartupError::StateCorrupt {
+                path: keys.into(),
+                what: "the journal names no issuing CA whose key is here".into(),
+                source: None,
+            }),
+        }
+    }
+
+    /// The key of a trusted authority, opened from disk once more.
+    pub(crate) fn open_sealed(
+        &self,
+        known: &mesh_core::Authority,
+    ) -> Result<(KeyId, Zeroizing<Vec<u8>>), Problem> {
+        let path = self.key_file(known);
+        let text = read_file(&path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
+            .map_err(|error| Problem::internal_error("a CA key cannot be read", &error))?;
+        let id = self.key_name(known, &path);
+        let unlock = unlock_with(self.passphrase.as_ref());
+        let pkcs8 = mesh_ca::unseal(&text, &id, purpose_of(known.is_root), unlock)
+            .map_err(|error| Problem::internal_error("a CA key cannot be opened", &error))?;
+        Ok((id, pkcs8))
+    }
+
+    pub(crate) fn drop_signer(&self, key_id: &mesh_core::KeyId) {
+        self.lock().signers.remove(key_id);
+    }
+
+    fn open_key(&self, known: &mesh_core::Authority, path: &Path) -> Result<Signer, StartupError> {
+        let text = read_file(path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
+            .map_err(|error| StartupError::io("read", path, error))?;
+        let mismatch = |what: &str| StartupError::CaKeyMismatch { path: path.into(), what: what.into() };
+        let (id, purpose) = (self.key_name(known, path), purpose_of(known.is_root));
+        let pkcs8 =
+            mesh_ca::unseal(&text, &id, purpose, unlock_with(self.passphrase.as_ref())).map_err(|error| {
+                match error {
+                    mesh_ca::SealError::WrongPassphrase => StartupError::PassphraseWrong,
+                    mesh_ca::SealError::PassphraseNeeded => StartupError::PassphraseMissing,
+                    mesh_ca::SealError::OtherKey { .. } | mesh_ca::SealError::OtherPurpose => {
+                        mismatch(&error.to_string())
+                    }
+                    other => StartupError::StateCorrupt {
+                        path: path.into(),
+                        what: "a CA key cannot be opened".into(),
+                        source: Some(other.into()),
+                    },
+                }
+            })?;
+        let mut store = MemoryKeyStore::new();
+        store.insert_pkcs8(id.clone(), &pkcs8).map_err(|error| StartupError::StateCorrupt {
+            path: path.into(),
+            what: "a CA key cannot be read".into(),
+            source: Some(error.into()),
+        })?;
+        let issuer = Issuer::new(&known.der, id, self.domain.clone(), &store)
+            .map_err(|error| mismatch(&format!("it does not belong to its certificate: {error}")))?;
+        Ok(Signer { issuer, store: Box::new(store) })
+    }
+
+    /// Where the sealed key of an authority lies: under a name of its own, or the one it has had since `init`.
+    fn key_file(&self, known: &mesh_core::Authority) -> PathBuf {
+        let own = self.keys.join(format!("{}.key", key_name_of(known.is_root, &known.key_id)));
+        match own.exists() {
+            true => own,
+            false => self.keys.join(if known.is_root { "root.key" } else { "issuing.key" }),
+        }
+    }
+
+    fn key_name(&self, known: &mesh_core::Authority, path: &Path) -> KeyId {
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        KeyId::parse(stem).unwrap_or_else(|_| key_id(&key_name_of(known.is_root, &known.key_id)))
+    }
+
+    /// Takes up who issues now, and forgets keys of authorities that nobody trusts any more.
+    pub(crate) fn follow(&self, world: &WorldKeys) {
+        let mut ring = self.lock();
+        ring.active.clone_from(&world.active);
+        ring.trusted.clone_from(&world.trusted);
+        ring.key_hashes.clone_from(&world.key_hashes);
+        ring.signers.retain(|key_id, _| {
+            // A key that was just drawn is not in World yet.
+            world
+                .all
+                .iter()
+                .find(|known| known.key_id == *key_id)
+                .is_none_or(|known| known.standing.is_trusted() && !known.sealed)
+        });
     }
 
     pub(crate) fn domain(&self) -> &TrustDomain {
         &self.domain
     }
 
+    pub(crate) fn keys(&self) -> &Path {
+        &self.keys
+    }
+
+    pub(crate) fn passphrase(&self) -> Option<&Passphrase> {
+        self.passphrase.as_ref()
+    }
+
     /// What join tokens pin.
     pub(crate) fn root_spki_sha256(&self) -> [u8; 32] {
-        self.root_spki_sha256
-    }
-
-    pub(crate) fn root_der(&self) -> &[u8] {
-        self.root.certificate_der()
-    }
-
-    pub(crate) fn issuing_der(&self) -> &[u8] {
-        self.issuing.certificate_der()
+        self.active(|_, root| CaFacts::read(&root.der).map(|facts| facts.spki_sha256)).unwrap_or_default()
     }
 
     pub(crate) fn root_not_after(&self) -> UtcDateTime {
-        self.root.not_after()
+        self.active(|_, root| CaFacts::read(&root.der).map(|facts| facts.not_after))
+            .unwrap_or(UtcDateTime::UNIX_EPOCH)
     }
 
     pub(crate) fn issuing_not_after(&self) -> UtcDateTime {
-        self.issuing.not_after()
+        self.active(|issuing, _| CaFacts::read(&issuing.der).map(|facts| facts.not_after))
+            .unwrap_or(UtcDateTime::UNIX_EPOCH)
     }
 
-    /// subjectKeyIdentifier of one of the two, as World knows issuers.
+    /// subjectKeyIdentifier of the CA that issues, or of its root, as World knows issuers.
     pub(crate) fn issuer_key_id(&self, role: CaRole) -> mesh_core::KeyId {
-        core_key_id(self.ca(role))
+        self.active(|issuing, root| {
+            Some(match role {
+                CaRole::Issuing => issuing.key_id.clone(),
+                CaRole::Root => root.key_id.clone(),
+            })
+        })
+        .expect("a controller runs only with an issuing CA")
+    }
+
+    fn active<T>(
+        &self,
+        look: impl FnOnce(&mesh_core::Authority, &mesh_core::Authority) -> Option<T>,
+    ) -> Option<T> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let (issuing, root) = ring.active.as_ref()?;
+        look(issuing, root)
     }
 
     /// Whether `key_hash` is one of the CA's own keys.
     pub(crate) fn is_own_key(&self, key_hash: &[u8; 32]) -> bool {
-        [&self.root, &self.issuing]
-            .into_iter()
-            .any(|issuer| self.store.public_key(issuer.key_id()).is_ok_and(|key| key.key_hash() == *key_hash))
+        self.ring.read().unwrap_or_else(PoisonError::into_inner).key_hashes.contains(key_hash)
     }
 
-    pub(crate) fn ca_records(&self) -> Vec<CaRecord> {
-        [(&self.root, true), (&self.issuing, false)]
-            .map(|(issuer, is_root)| CaRecord {
-                key_id: core_key_id(issuer),
-                der: issuer.certificate_der().to_vec(),
-                is_root,
-            })
-            .into()
+    /// The key of an authority; `None` if it is not here.
+    pub(crate) fn signer(&self, key_id: &mesh_core::KeyId) -> Option<Arc<Signer>> {
+        self.ring.read().unwrap_or_else(PoisonError::into_inner).signers.get(key_id).cloned()
+    }
+
+    pub(crate) fn add(&self, signer: Signer) {
+        self.lock().signers.insert(core_key_id(&signer.issuer), Arc::new(signer));
+    }
+
+    /// Lets go of a key in memory and on disk.
+    pub(crate) fn forget(&self, known: &mesh_core::Authority) -> std::io::Result<()> {
+        self.lock().signers.remove(&known.key_id);
+        match std::fs::remove_file(self.key_file(known)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn lock(&self) -> RwLockWriteGuard<'_, Ring> {
+        self.ring.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Signs a leaf under the issuing CA, reads it back, lints it. The result is nothing until its
@@ -274,16 +382,17 @@ impl Authority {
         template.ips.clone_from(&request.ips);
         template.wireguard_keys.clone_from(&request.wireguard);
         template.crl_shard = place.shard;
+        let signer = self.signer(&self.issuer_key_id(CaRole::Issuing)).ok_or(IssueProblem::NoKey)?;
         if let Some(base) = &place.base_url {
             let points = points(base).map_err(IssueProblem::Pointers)?;
-            let issuer = self.issuing.key_identifier();
+            let issuer = signer.issuer.key_identifier();
             template.pointers = points.leaf(issuer, place.shard).map_err(IssueProblem::Pointers)?;
         }
         if let Some(custom) = &request.custom {
-            let at = (self.issuing.key_identifier(), place);
+            let at = (signer.issuer.key_identifier(), place);
             template = profiles::template(custom, request, key.public_key(), at, now, &self.domain)?;
         }
-        let issued = mesh_ca::issue_leaf(&self.issuing, &self.store, key, &template, serial)
+        let issued = mesh_ca::issue_leaf(&signer.issuer, &*signer.store, key, &template, serial)
             .map_err(IssueProblem::Issue)?;
         Ok(CertificateRecord {
             serial: Serial(*issued.serial.as_bytes()),
@@ -309,10 +418,10 @@ impl Authority {
         (serial, place): (SerialNumber, &Place),
         now: UtcDateTime,
     ) -> Result<(OcspResponder, CertificateRecord), OcspError> {
-        let role = self.role_of(issuer).ok_or(OcspError::Issuer)?;
+        let signer = self.signer(issuer).ok_or(OcspError::Issuer)?;
         let key = LeafKey::generate().map_err(|_| OcspError::Sign)?;
         let key_hash = KeyHash(key.key_hash());
-        let responder = OcspResponder::issue(self.ca(role), &self.store, key, serial, now)?;
+        let responder = OcspResponder::issue(&signer.issuer, &*signer.store, key, serial, now)?;
         let der = responder.certificate_der().to_vec();
         let facts = CaFacts::read(&der).ok_or(OcspError::NotResponder)?;
         let record = CertificateRecord {
@@ -332,18 +441,23 @@ impl Authority {
         Ok((responder, record))
     }
 
-    /// The CAs whose CRLs are published, issuing ones first.
+    /// The CAs whose CRLs are published: the one that issues, the other issuing ones, roots.
     pub(crate) fn crl_issuers(&self) -> Vec<(mesh_core::KeyId, CaRole)> {
-        [CaRole::Issuing, CaRole::Root].map(|role| (self.issuer_key_id(role), role)).into()
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let active = ring.active.as_ref().map(|(issuing, _)| &issuing.key_id);
+        let mut issuers: Vec<&mesh_core::Authority> = ring.trusted.iter().collect();
+        issuers.sort_by_key(|known| (known.is_root, Some(&known.key_id) != active));
+        issuers.into_iter().map(|known| (known.key_id.clone(), role_of(known))).collect()
     }
 
-    /// Signs a CRL of one of [`crl_issuers`](Self::crl_issuers). Blocks.
+    /// Signs a CRL of one of [`crl_issuers`](Self::crl_issuers) whose key is here. Blocks.
     pub(crate) fn crl(
         &self,
         issuer: &mesh_core::KeyId,
         order: &CrlOrder<'_>,
     ) -> Result<SignedCrl, mesh_ca::CrlError> {
-        let role = self.role_of(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
+        let (role, _) = self.trusted(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
+        let signer = self.signer(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
         let lifetime = match role {
             CaRole::Root => mesh_ca::ROOT_CRL_LIFETIME,
             CaRole::Issuing => mesh_ca::CRL_LIFETIME,
@@ -351,26 +465,154 @@ impl Authority {
         let mut plan = CrlPlan::new(order.number, order.now, lifetime, order.revoked);
         let url = order.url.and_then(|url| HttpUrl::parse(url).ok());
         plan.url = url.as_ref();
-        let der = mesh_ca::build_crl(self.ca(role), &self.store, &plan)?;
+        let der = mesh_ca::build_crl(&signer.issuer, &*signer.store, &plan)?;
         Ok(SignedCrl { der, this_update: plan.this_update.into(), next_update: plan.next_update.into() })
     }
 
     /// How many certificates a CRL of ours lists; `None` if it is not ours or cannot be read.
     pub(crate) fn listed(&self, issuer: &mesh_core::KeyId, der: &[u8]) -> Option<usize> {
-        let issuer = self.ca(self.role_of(issuer)?).certificate_der();
-        Some(mesh_ca::Crl::parse_verified(der, issuer).ok()?.len())
+        let (_, issuer_der) = self.trusted(issuer)?;
+        Some(mesh_ca::Crl::parse_verified(der, &issuer_der).ok()?.len())
     }
 
-    fn role_of(&self, issuer: &mesh_core::KeyId) -> Option<CaRole> {
-        self.crl_issuers().into_iter().find(|(known, _)| known == issuer).map(|(_, role)| role)
+    /// Kind and certificate of a trusted CA.
+    fn trusted(&self, issuer: &mesh_core::KeyId) -> Option<(CaRole, Vec<u8>)> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let known = ring.trusted.iter().find(|known| known.key_id == *issuer)?;
+        Some((role_of(known), known.der.clone()))
     }
+}
 
-    fn ca(&self, role: CaRole) -> &Issuer {
-        match role {
-            CaRole::Root => &self.root,
-            CaRole::Issuing => &self.issuing,
+fn role_of(known: &mesh_core::Authority) -> CaRole {
+    if known.is_root { CaRole::Root } else { CaRole::Issuing }
+}
+
+/// What World says about authorities, copied out of its lock.
+#[derive(Debug, Clone)]
+pub(crate) struct WorldKeys {
+    pub(crate) all: Vec<mesh_core::Authority>,
+    pub(crate) trusted: Vec<mesh_core::Authority>,
+    /// The one that issues, and its root.
+    pub(crate) active: Option<(mesh_core::Authority, mesh_core::Authority)>,
+    pub(crate) key_hashes: BTreeSet<[u8; 32]>,
+}
+
+impl WorldKeys {
+    pub(crate) fn of(world: &mesh_core::World) -> Self {
+        let hash = |known: &mesh_core::Authority| CaFacts::read(&known.der).map(|facts| facts.spki_sha256);
+        Self {
+            all: world.authorities().to_vec(),
+            trusted: world.trusted_authorities().cloned().collect(),
+            active: world.active_issuer().cloned().zip(world.active_root().cloned()),
+            key_hashes: world.authorities().iter().filter_map(hash).collect(),
         }
     }
+}
+
+/// A key that was just drawn. Dropped, it never was.
+pub(crate) struct NewKey {
+    pub(crate) id: KeyId,
+    pub(crate) store: MemoryKeyStore,
+    pkcs8: Zeroizing<Vec<u8>>,
+    sealed: Zeroizing<String>,
+}
+
+/// Why there is no new key.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum KeyProblem {
+    #[error("cannot draw a CA key")]
+    Draw(#[source] mesh_ca::KeyStoreError),
+    #[error("cannot seal a CA key")]
+    Seal(#[source] mesh_ca::SealError),
+    #[error("cannot write a CA key")]
+    Write(#[source] std::io::Error),
+}
+
+impl KeyProblem {
+    fn at_start(self, keys: &Path) -> StartupError {
+        match self {
+            Self::Write(error) => StartupError::io("write", keys, error),
+            other => StartupError::internal("cannot make a CA key", other),
+        }
+    }
+}
+
+impl NewKey {
+    pub(crate) fn draw(
+        id: KeyId,
+        purpose: KeyPurpose,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Self, KeyProblem> {
+        let mut store = MemoryKeyStore::new();
+        let pkcs8 = store.generate(id.clone()).map_err(KeyProblem::Draw)?;
+        Self::sealed(id, store, pkcs8, purpose, passphrase)
+    }
+
+    /// A key that waits on disk.
+    pub(crate) fn open(authority: &Authority, name: &str, purpose: KeyPurpose) -> Result<Self, Problem> {
+        let (id, path) = (key_id(name), authority.keys.join(format!("{name}.key")));
+        let text = read_file(&path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
+            .map_err(|_| Problem::ceremony("no request is waiting for an answer"))?;
+        let unlock = unlock_with(authority.passphrase());
+        let pkcs8 = mesh_ca::unseal(&text, &id, purpose, unlock)
+            .map_err(|error| Problem::ceremony(format!("the key that waits cannot be opened: {error}")))?;
+        let mut store = MemoryKeyStore::new();
+        store
+            .insert_pkcs8(id.clone(), &pkcs8)
+            .map_err(|error| Problem::internal_error("the key that waits cannot be used", &error))?;
+        Ok(Self::sealed(id, store, pkcs8, purpose, authority.passphrase())?)
+    }
+
+    /// The same key under another name.
+    pub(crate) fn renamed(
+        self,
+        id: KeyId,
+        purpose: KeyPurpose,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Self, KeyProblem> {
+        let mut store = MemoryKeyStore::new();
+        store.insert_pkcs8(id.clone(), &self.pkcs8).map_err(KeyProblem::Draw)?;
+        Self::sealed(id, store, self.pkcs8, purpose, passphrase)
+    }
+
+    pub(crate) fn pkcs8(&self) -> &[u8] {
+        &self.pkcs8
+    }
+
+    fn sealed(
+        id: KeyId,
+        store: MemoryKeyStore,
+        pkcs8: Zeroizing<Vec<u8>>,
+        purpose: KeyPurpose,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Self, KeyProblem> {
+        let cost = mesh_ca::KdfParams::default();
+        let sealed = mesh_ca::seal(&pkcs8, &id, purpose, unlock_with(passphrase), cost, &mut random_fill)
+            .map_err(KeyProblem::Seal)?;
+        Ok(Self { id, store, pkcs8, sealed })
+    }
+
+    pub(crate) fn file(&self, keys: &Path) -> PathBuf {
+        keys.join(format!("{}.key", self.id))
+    }
+
+    pub(crate) fn write(&self, keys: &Path) -> Result<(), KeyProblem> {
+        replace_file(&self.file(keys), self.sealed.as_bytes()).map_err(KeyProblem::Write)
+    }
+}
+
+pub(crate) fn purpose_of(is_root: bool) -> KeyPurpose {
+    if is_root { KeyPurpose::Root } else { KeyPurpose::Issuing }
+}
+
+/// The name of an authority's key in its store and on disk.
+pub(crate) fn key_name(is_root: bool, id: &mesh_core::KeyId) -> KeyId {
+    key_id(&key_name_of(is_root, id))
+}
+
+fn key_name_of(is_root: bool, key_id: &mesh_core::KeyId) -> String {
+    let kind = if is_root { ROOT_KEY_ID } else { ISSUING_KEY_ID };
+    format!("{kind}-{}", hex::encode(&key_id.0[..key_id.0.len().min(8)]))
 }
 
 /// Why a leaf was not signed.
@@ -384,6 +626,8 @@ pub(crate) enum IssueProblem {
     Profile(#[source] mesh_ca::RequestRefusal),
     #[error("certificate was not issued")]
     Issue(#[source] mesh_ca::IssueError),
+    #[error("the issuing CA's key is not here")]
+    NoKey,
 }
 
 /// What people want to know of a CA certificate.
@@ -441,7 +685,7 @@ pub(crate) fn crl_entry(serial: Serial, at: UtcTime, reason: Reason) -> Option<R
     })
 }
 
-fn core_key_id(issuer: &Issuer) -> mesh_core::KeyId {
+pub(crate) fn core_key_id(issuer: &Issuer) -> mesh_core::KeyId {
     mesh_core::KeyId(issuer.key_identifier().as_bytes().to_vec())
 }
 
@@ -454,7 +698,7 @@ fn key_id(text: &str) -> KeyId {
     KeyId::parse(text).expect("our key ids are lower-case words")
 }
 
-fn unlock_with(passphrase: Option<&Passphrase>) -> mesh_ca::Unlock<'_> {
+pub(crate) fn unlock_with(passphrase: Option<&Passphrase>) -> mesh_ca::Unlock<'_> {
     match passphrase {
         Some(passphrase) => mesh_ca::Unlock::Passphrase(passphrase.as_bytes()),
         None => mesh_ca::Unlock::None,

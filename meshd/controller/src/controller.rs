@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mesh_ca::TrustAnchors;
 use mesh_core::{Command, World};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken};
@@ -16,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use tonic::service::Routes;
 
 use crate::archive::Archive;
-use crate::authority::Authority;
+use crate::authority::{Authority, WorldKeys};
 use crate::certify::Certifier;
 use crate::codec::{decode, decode_record};
 use crate::config::{Publishing, RunConfig};
@@ -48,8 +47,8 @@ use crate::state::{Settings, StateDir};
 use crate::status::Problem;
 use crate::sync::SyncHub;
 use crate::throttle::Throttle;
-use crate::tls::server_config;
-use crate::token::{TokenFacts, TokenSecrets};
+use crate::tls::{SharedAnchors, every_root, server_config};
+use crate::token::{TokenPlace, TokenSecrets};
 use crate::udp_port::UdpPort;
 use crate::underlay;
 use crate::views::Views;
@@ -160,6 +159,7 @@ impl Controller {
             settings.name.clone(),
             mesh.domain.clone(),
             (issuing.clone(), writer.clone(), Arc::clone(&clock)),
+            Arc::clone(&directory),
         )
         .await
         .map_err(|problem| startup(&state, "cannot issue the controller's certificate", problem))?;
@@ -174,10 +174,9 @@ impl Controller {
             .map_err(|problem| startup(&state, "cannot certify an OCSP delegate", problem))?;
         publisher.start().await.map_err(|problem| startup(&state, "cannot publish CRLs", problem))?;
 
-        let anchors = TrustAnchors::new(domain.clone(), [authority.root_der()])
+        let anchors = SharedAnchors::new(domain.clone(), directory.read(every_root))
             .map_err(|error| StartupError::internal("cannot use the root CA", error))?;
-        let anchors = Arc::new(anchors);
-        let tls = server_config(Arc::clone(&anchors), own.served(), Arc::clone(&clock))
+        let tls = server_config(anchors.clone(), own.served(), Arc::clone(&clock))
             .map_err(|error| StartupError::internal("cannot configure TLS", error))?;
         let stop = ShutdownToken::new();
         let denials = Denials::default();
@@ -200,7 +199,6 @@ impl Controller {
         let receipts = Receipts { directory: Arc::clone(&directory), presence: Arc::clone(&presence) };
         let views = Views {
             directory: Arc::clone(&directory),
-            authority: Arc::clone(&authority),
             publisher: Arc::clone(&publisher),
             entries: Arc::default(),
             journal_id: mesh.journal_id,
@@ -254,18 +252,15 @@ impl Controller {
                 offered,
             },
             relay,
-            token_facts: TokenFacts {
-                controllers,
-                root_spki_sha256: authority.root_spki_sha256(),
-                trust_domain: domain.to_string(),
-                kind: pb::join_token::Kind::Node,
-            },
+            token_place: TokenPlace { controllers, trust_domain: domain.to_string() },
             token_secrets: TokenSecrets::new(),
             controller_name: settings.name,
             unlock: settings.unlock,
             directory,
             writer,
             issuing,
+            anchors: anchors.clone(),
+            successions: tokio::sync::Mutex::default(),
             archive,
             history,
             presence,
@@ -373,6 +368,10 @@ impl Controller {
             tasks.spawn(async move { ocsp.run(stop).await });
         }
         {
+            let (parts, stop) = (Arc::clone(&parts), stop.clone());
+            tasks.spawn(async move { parts.keep_rotation(stop).await });
+        }
+        {
             let (own, stop) = (Arc::clone(&own), stop.clone());
             tasks.spawn(async move { own.keep_fresh(stop).await });
         }
@@ -460,11 +459,11 @@ async fn open_authority(
     domain: &mesh_ca::TrustDomain,
     world: &World,
 ) -> Result<Arc<Authority>, StartupError> {
-    let (keys, domain, cas) = (state.keys(), domain.clone(), world.cas().to_vec());
+    let (keys, domain, known) = (state.keys(), domain.clone(), WorldKeys::of(world));
     let (unlock, passphrase) = (settings.unlock, config.passphrase.clone());
     // Opening a sealed key is slow on purpose.
     let opened = tokio::task::spawn_blocking(move || {
-        Authority::open(&keys, &domain, &cas, unlock, passphrase.as_ref())
+        Authority::open(&keys, &domain, &known, unlock, passphrase.as_ref())
     });
     let authority =
         opened.await.map_err(|error| StartupError::internal("cannot open the CA's keys", error))??;

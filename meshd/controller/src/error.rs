@@ -51,6 +51,8 @@ pub enum StartupError {
     PassphraseMissing,
     #[error("the passphrase does not open the CA's keys")]
     PassphraseWrong,
+    #[error("{} is not the key it should be: {what}", .path.display())]
+    CaKeyMismatch { path: PathBuf, what: String },
     #[error("{address} is in use")]
     PortInUse { address: SocketAddr },
     #[error("cannot listen on {address}")]
@@ -86,6 +88,7 @@ impl StartupError {
             Self::DiskFull { .. } => ErrorCode::DiskFull,
             Self::PassphraseMissing => ErrorCode::PassphraseMissing,
             Self::PassphraseWrong => ErrorCode::PassphraseWrong,
+            Self::CaKeyMismatch { .. } => ErrorCode::CaKeyMismatch,
             Self::PortInUse { .. } | Self::Listen { .. } => ErrorCode::PortInUse,
             Self::Config { .. } => ErrorCode::ConfigInvalid,
         }
@@ -128,6 +131,9 @@ impl StartupError {
             }
             Self::PassphraseWrong => {
                 "check the passphrase file; the passphrase was chosen at `meshd controller init`".into()
+            }
+            Self::CaKeyMismatch { .. } => {
+                "put the right key file back from a backup; nothing was signed".into()
             }
             Self::PortInUse { .. } => {
                 "stop what listens there (`ss -ltnp`), or give --listen another port".into()

@@ -56,6 +56,34 @@ pub(crate) fn renew_at(node: NodeId, identity: &mesh_core::world::Identity) -> U
     mesh_core::rotation::slot(node, issued, identity.not_after.since(issued))
 }
 
+/// The trusted issuing CAs: `first` leads, or the one that issues now.
+pub(crate) fn issuer_ders(world: &World, first: Option<&mesh_core::KeyId>) -> Vec<bytes::Bytes> {
+    let first = first.or(world.bundle().map(|bundle| &bundle.issuer));
+    let mut issuers: Vec<_> = world.trusted_authorities().filter(|authority| !authority.is_root).collect();
+    issuers.sort_by_key(|issuer| Some(&issuer.key_id) != first);
+    issuers.into_iter().map(|issuer| issuer.der.clone().into()).collect()
+}
+
+/// The trusted roots: the one that join tokens pin leads.
+pub(crate) fn root_ders(world: &World) -> Vec<bytes::Bytes> {
+    let active = world.active_root().map(|root| &root.key_id);
+    let mut roots: Vec<_> = world.trusted_authorities().filter(|authority| authority.is_root).collect();
+    roots.sort_by_key(|root| Some(&root.key_id) != active);
+    roots.into_iter().map(|root| root.der.clone().into()).collect()
+}
+
+/// What a node is to trust, with the history that leads there.
+pub(crate) fn trust_bundle(world: &World) -> Option<pb::TrustBundle> {
+    let bundle = world.bundle()?;
+    Some(pb::TrustBundle {
+        version: bundle.version,
+        roots: root_ders(world),
+        issuers: issuer_ders(world, None),
+        lineage: world.lineage().into_iter().map(|cross| cross.der.clone().into()).collect(),
+        issuer_key_id: bundle.issuer.0.clone().into(),
+    })
+}
+
 /// Builds the answers that hand out identities.
 #[derive(Debug, Clone)]
 pub(crate) struct IdentityAnswers {
@@ -75,10 +103,12 @@ impl IdentityAnswers {
             let node = world.node(node).ok_or(Refusal::NodeNotFound { node })?;
             let identity =
                 node.current.as_ref().ok_or_else(|| Refusal::NodePending { name: node.name.clone() })?;
+            let issuer = world.certificate(&identity.serial).map(|leaf| &leaf.issuer_key_id);
             Ok(pb::NodeIdentity {
                 leaf: identity.leaf.clone().into(),
-                issuers: vec![self.authority.issuing_der().to_vec().into()],
-                roots: vec![self.authority.root_der().to_vec().into()],
+                issuers: issuer_ders(world, issuer),
+                roots: root_ders(world),
+                trust: trust_bundle(world),
                 trust_domain: mesh.domain.to_string(),
                 mesh_id: mesh.mesh_id.to_vec().into(),
                 node_id: node.id.0,
@@ -102,8 +132,8 @@ impl IdentityAnswers {
             .ok_or_else(|| Refusal::OperatorNotFound { name: operator.clone() })?;
         Ok(pb::LoginResponse {
             leaf: leaf.into(),
-            issuers: vec![self.authority.issuing_der().to_vec().into()],
-            roots: vec![self.authority.root_der().to_vec().into()],
+            issuers: self.directory.read(|world| issuer_ders(world, None)),
+            roots: self.directory.read(root_ders),
             name: operator.to_string(),
             role: role.to_string(),
             trust_domain: self.authority.domain().to_string(),

@@ -45,7 +45,7 @@ fn fill(
         domain: DnsName::try_from(domain.as_str()).map_err(|error| config_error("domain", error))?,
         controller_name: config.name.clone(),
         ipv4_pool: config.ipv4_pool,
-        cas: made.authority.ca_records(),
+        cas: made.cas.clone(),
         starter_policy: STARTER_POLICY.to_owned(),
     };
     record_first(&mut store, state, command, now.into())?;
@@ -59,7 +59,7 @@ fn fill(
     Ok(InitSummary {
         state_dir: config.state_dir.clone(),
         domain: domain.to_string(),
-        root_spki_sha256: made.authority.root_spki_sha256(),
+        root_spki_sha256: made.root_spki_sha256,
         root_not_after: made.root_not_after,
         issuing_not_after: made.issuing_not_after,
         unlock: config.unlock,

@@ -253,6 +253,7 @@ impl From<IssueProblem> for Problem {
             IssueProblem::Pointers(source) => {
                 Self::internal_error("the certificate cannot say where its CRL is", source)
             }
+            IssueProblem::NoKey => Self::internal_error("certificate was not issued", &error),
             IssueProblem::Issue(other) => Self::internal_error("certificate was not issued", other),
         }
     }

@@ -34,6 +34,7 @@ mod denials;
 mod gate;
 mod listener;
 mod status;
+mod succession;
 mod throttle;
 mod tls;
 

@@ -11,7 +11,6 @@ use std::time::Duration;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use mesh_ca::TrustAnchors;
 use mesh_core::{Serial, UtcTime};
 use mesh_runtime::ShutdownToken;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -27,7 +26,7 @@ use crate::limits::{
     ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, HANDSHAKE_TIMEOUT,
     HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LEAVING_GRACE, STREAMS_PER_CONNECTION_MAX,
 };
-use crate::tls::peer_leaf;
+use crate::tls::{SharedAnchors, peer_leaf};
 
 /// How long accepting pauses when the operating system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -38,7 +37,7 @@ pub(crate) struct Server {
     routes: Routes,
     parts: Arc<GateParts>,
     acceptor: TlsAcceptor,
-    anchors: Arc<TrustAnchors>,
+    anchors: SharedAnchors,
     connections: Connections,
     tracker: TaskTracker,
     shutdown: ShutdownToken,
@@ -48,7 +47,7 @@ impl Server {
     pub(crate) fn new(
         routes: Routes,
         parts: Arc<GateParts>,
-        (acceptor, anchors): (TlsAcceptor, Arc<TrustAnchors>),
+        (acceptor, anchors): (TlsAcceptor, SharedAnchors),
         (connections, shutdown): (Connections, ShutdownToken),
     ) -> Self {
         Self { routes, parts, acceptor, anchors, connections, tracker: TaskTracker::new(), shutdown }
@@ -142,9 +141,18 @@ impl Server {
         let certificate = match stream.get_ref().1.peer_certificates() {
             None => None,
             Some(chain) => {
-                let leaf =
-                    peer_leaf(chain, &self.anchors, self.parts.clock.utc_now()).map_err(io::Error::other)?;
-                Some(Serial(*leaf.serial.as_bytes()))
+                let leaf = peer_leaf(chain, &self.anchors.anchors(), self.parts.clock.utc_now())
+                    .map_err(io::Error::other)?;
+                let serial = Serial(*leaf.serial.as_bytes());
+                // A root that has gone may still sign: what counts is the key that World knows by this serial.
+                let forged = self.parts.directory.read(|world| {
+                    world.certificate(&serial).is_some_and(|known| known.key_hash.0 != leaf.key_hash)
+                });
+                if forged {
+                    tracing::error!(%serial, %address, "a certificate with a known serial and another key: refused");
+                    return Err(io::ErrorKind::PermissionDenied.into());
+                }
+                Some(serial)
             }
         };
         let class = if certificate.is_some() { Class::Known } else { Class::Anonymous };

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ca::{Identity, LeafKey, Profile};
-use mesh_core::{CertificateRecord, Command, DnsName, Owner, UtcTime};
+use mesh_core::{CertificateRecord, Command, DnsName, Owner, UtcTime, World};
 use mesh_runtime::{Backoff, SharedClock, ShutdownToken};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
 
 use crate::authority::{LeafRequest, label};
+use crate::directory::Directory;
 use crate::issuer::Issuing;
 use crate::status::Problem;
 use crate::tls::ServedCertificate;
@@ -29,6 +30,8 @@ pub(crate) struct OwnCertificate {
     served: Arc<ServedCertificate>,
     /// When the first one is to be replaced.
     first_renewal: UtcTime,
+    first_bundle: u64,
+    directory: Arc<Directory>,
 }
 
 impl OwnCertificate {
@@ -37,11 +40,13 @@ impl OwnCertificate {
         name: String,
         domain: DnsName,
         (issuing, writer, clock): (Issuing, Writer, SharedClock),
+        directory: Arc<Directory>,
     ) -> Result<Self, Problem> {
-        let (certified, record) = make(&name, &domain, &issuing, &writer).await?;
+        let first_bundle = directory.read(mesh_core::World::bundle_version);
+        let (certified, record) = make(&name, &domain, &issuing, (&writer, &directory)).await?;
         let served = Arc::new(ServedCertificate::new(certified));
         let first_renewal = renew_at(&record);
-        Ok(Self { name, domain, issuing, writer, clock, served, first_renewal })
+        Ok(Self { name, domain, issuing, writer, clock, served, first_renewal, first_bundle, directory })
     }
 
     /// What the listener asks for the current certificate.
@@ -52,17 +57,31 @@ impl OwnCertificate {
     /// Replaces the certificate after each third of its life, until shutdown.
     pub(crate) async fn keep_fresh(&self, shutdown: ShutdownToken) {
         let (mut due, mut backoff) = (self.first_renewal, Backoff::new(RETRY.0, RETRY.1));
+        let mut bundle = self.first_bundle;
+        let mut head = self.directory.watch();
         loop {
             let wait = due.since(self.clock.utc_now().into());
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(wait) => {}
+                // What is shown, and by whom it is signed, changes with the authorities.
+                changed = head.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = self.directory.read(mesh_core::World::bundle_version);
+                    if now == bundle {
+                        continue;
+                    }
+                }
             }
-            match make(&self.name, &self.domain, &self.issuing, &self.writer).await {
+            let shown = self.directory.read(mesh_core::World::bundle_version);
+            match make(&self.name, &self.domain, &self.issuing, (&self.writer, &self.directory)).await {
                 Ok((certified, record)) => {
                     tracing::info!(serial = %record.serial, not_after = %record.not_after, "controller certificate renewed");
                     self.served.replace(certified);
                     due = renew_at(&record);
+                    bundle = shown;
                     backoff.reset();
                 }
                 Err(problem) => {
@@ -83,7 +102,7 @@ async fn make(
     name: &str,
     domain: &DnsName,
     issuing: &Issuing,
-    writer: &Writer,
+    (writer, directory): (&Writer, &Directory),
 ) -> Result<(CertifiedKey, CertificateRecord), Problem> {
     let key = LeafKey::generate()
         .map_err(|error| Problem::internal_error("cannot draw the controller's key", &error))?;
@@ -107,13 +126,25 @@ async fn make(
     let command = Command::RecordControllerCertificate { certificate: record.clone() };
     // Commit point.
     writer.submit_own(command).await?;
-    // The root is served too, so that a joining node can check its pin before it says anything.
-    let authority = issuing.authority();
-    let chain = [record.der.as_slice(), authority.issuing_der(), authority.root_der()]
-        .map(|der| CertificateDer::from(der.to_vec()))
-        .to_vec();
+    let links = directory.read(|world| served_links(world, &record.issuer_key_id));
+    let chain = std::iter::once(record.der.clone()).chain(links).map(CertificateDer::from).collect();
     let certified = key
         .certified(chain)
         .map_err(|error| Problem::internal_error("cannot serve the controller's certificate", &error))?;
     Ok((certified, record))
+}
+
+/// What is served below the leaf: its issuer; the root, so that a joining node can check its pin before it says
+/// anything; then the history of roots, so that whoever pins an older one can follow, and joiners with an older
+/// token find theirs. Cut to what verifiers read.
+fn served_links(world: &World, issuer: &mesh_core::KeyId) -> Vec<Vec<u8>> {
+    let issuer = world.authority(issuer);
+    let root = issuer.and_then(|issuer| world.authority(&issuer.root));
+    let lineage = world.lineage();
+    let crosses = lineage.iter().map(|cross| cross.der.clone());
+    let older = lineage.iter().filter_map(|cross| world.authority(&cross.by)).map(|root| root.der.clone());
+    let mut links: Vec<Vec<u8>> = issuer.into_iter().chain(root).map(|known| known.der.clone()).collect();
+    links.extend(crosses.chain(older));
+    links.truncate(mesh_ca::CHAIN_LENGTH_MAX);
+    links
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use mesh_proto::v1 as pb;
 use mesh_runtime::SharedClock;
 
 use crate::archive::Archive;
@@ -19,7 +20,8 @@ use crate::relay::RelayHub;
 use crate::renew::Renewer;
 use crate::revoke::Revoker;
 use crate::sync::SyncHub;
-use crate::token::{TokenFacts, TokenSecrets};
+use crate::tls::SharedAnchors;
+use crate::token::{TokenFacts, TokenPlace, TokenSecrets};
 use crate::writer::Writer;
 
 #[derive(Debug)]
@@ -27,6 +29,10 @@ pub(crate) struct Parts {
     pub(crate) directory: Arc<Directory>,
     pub(crate) writer: Writer,
     pub(crate) issuing: Issuing,
+    /// Whose client certificates are looked at.
+    pub(crate) anchors: SharedAnchors,
+    /// Held by whoever changes authorities.
+    pub(crate) successions: tokio::sync::Mutex<()>,
     pub(crate) archive: Archive,
     pub(crate) history: History,
     pub(crate) presence: Arc<Presence>,
@@ -43,9 +49,18 @@ pub(crate) struct Parts {
     /// None if it is switched off.
     pub(crate) relay: Option<RelayHub>,
 
-    /// What every new token says.
-    pub(crate) token_facts: TokenFacts,
+    /// What every new token says, besides the root that it pins.
+    pub(crate) token_place: TokenPlace,
     pub(crate) token_secrets: TokenSecrets,
     pub(crate) controller_name: String,
     pub(crate) unlock: Unlock,
+}
+
+impl Parts {
+    /// What a token that is made now says: it pins the root of whoever issues now.
+    pub(crate) fn token_facts(&self) -> TokenFacts {
+        let TokenPlace { controllers, trust_domain } = self.token_place.clone();
+        let root_spki_sha256 = self.issuing.authority().root_spki_sha256();
+        TokenFacts { controllers, root_spki_sha256, trust_domain, kind: pb::join_token::Kind::Node }
+    }
 }

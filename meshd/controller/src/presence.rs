@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use mesh_core::{NodeId, UtcTime};
+use mesh_core::{NodeId, Serial, UtcTime};
 use mesh_proto::v1 as pb;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,9 @@ pub(crate) struct NodePresence {
     pub(crate) acknowledged_seq: u64,
     /// By issuer key id and shard: the number of the CRL that is on the node's disk.
     pub(crate) crls: BTreeMap<(Vec<u8>, u32), u64>,
+    /// The newest bundle it has taken up, and the identity under which it said so.
+    pub(crate) trust: u64,
+    pub(crate) serial: Option<Serial>,
     pub(crate) findings: Vec<String>,
     pub(crate) clock_offset_secs: i64,
     pub(crate) endpoints: Vec<pb::Endpoint>,
@@ -79,6 +82,9 @@ pub(crate) struct Greeting {
     pub(crate) endpoints: Vec<pb::Endpoint>,
     /// The record of the map it came back with, which it has on disk and in effect; 0 without one.
     pub(crate) holds_seq: u64,
+    pub(crate) trust: u64,
+    /// The identity that opened the stream.
+    pub(crate) serial: Option<Serial>,
     /// Its cursor names another history than ours.
     pub(crate) forked: bool,
 }
@@ -115,6 +121,8 @@ impl Presence {
             entry.forked = greeting.forked;
             entry.note_takeover(older.is_some().then_some(now));
             entry.acknowledged_seq = entry.acknowledged_seq.max(greeting.holds_seq);
+            entry.trust = greeting.trust;
+            entry.serial = greeting.serial;
             entry.note_crls(&greeting.crls);
             number
         };
@@ -276,6 +284,7 @@ impl Session<'_> {
             }
             entry.acknowledged_seq = entry.acknowledged_seq.max(ack.seq);
             entry.note_crls(&ack.crls);
+            entry.trust = ack.trust;
             entry.findings = findings;
             entry.last_seen = Some(at);
         }
@@ -329,6 +338,8 @@ mod tests {
             crls: vec![],
             endpoints: vec![],
             holds_seq: 0,
+            trust: 0,
+            serial: None,
             forked: false,
         }
     }
@@ -382,6 +393,7 @@ mod tests {
             seq,
             crls: vec![pb::CrlHave { issuer_key_id: vec![9].into(), shard: 0, number }],
             findings: vec![],
+            trust: 0,
         };
         session.acknowledge(&ack(7, 3), vec![], times().1);
         session.acknowledge(&ack(5, 2), vec![], times().1);

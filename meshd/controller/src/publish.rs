@@ -298,6 +298,10 @@ impl Publisher {
 
     /// Whether the CRL is missing, lacks a revocation, or is old enough to be signed anew.
     fn is_due(&self, issuer: &KeyId, role: CaRole, shard: u16) -> bool {
+        // The key of an offline root signs elsewhere, and its CRL was made to last.
+        if self.issuing.authority().signer(issuer).is_none() {
+            return false;
+        }
         let now = UtcTime::from(self.clock.utc_now());
         let current = self.directory.read(|world| {
             let crl = world.crl(issuer, shard).filter(|_| world.crl_is_complete(issuer, shard));
@@ -375,6 +379,48 @@ impl Publisher {
                 Err(error) => tracing::warn!(%error, "CRL was not written to disk"),
             }
         });
+    }
+
+    /// Takes a CRL of a sealed root that was signed elsewhere: on disk, recorded and published like our own.
+    pub(crate) async fn take_foreign(
+        &self,
+        root: &KeyId,
+        crl: &mesh_ca::Crl,
+        der: Bytes,
+    ) -> Result<(), Problem> {
+        let _turn = self.turn.lock().await;
+        self.keep((root.clone(), 0), crl.number(), Signed { der: der.clone(), entries: crl.len() });
+        let command = Command::RecordCrl {
+            issuer_key_id: root.clone(),
+            shard: 0,
+            number: crl.number(),
+            covers_seq: self.directory.read(mesh_core::World::head_seq),
+            digest: Sha256::digest(&der).into(),
+            this_update: crl.this_update().into(),
+            next_update: crl.next_update().into(),
+        };
+        // Commit point.
+        self.writer.submit_own(command).await?;
+        self.write_through(root, &der)
+    }
+
+    /// Signs the CRL of `root` anew, so that it lasts for its whole life from now on, and has it on disk: once the
+    /// root's key is gone it cannot be made again.
+    pub(crate) async fn sign_anew(&self, root: &KeyId) -> Result<Bytes, Problem> {
+        let _turn = self.turn.lock().await;
+        let number = self.make(root, 0).await?;
+        let der = {
+            let signed = self.signed.read().unwrap_or_else(PoisonError::into_inner);
+            signed.get(&(root.clone(), 0)).and_then(|all| all.get(&number)).map(|crl| crl.der.clone())
+        };
+        let der = der.ok_or_else(|| Problem::internal("a CRL that was just signed is missing"))?;
+        self.write_through(root, &der)?;
+        Ok(der)
+    }
+
+    fn write_through(&self, root: &KeyId, der: &[u8]) -> Result<(), Problem> {
+        replace_file(&self.file(root, 0), der)
+            .map_err(|error| Problem::internal_error("the root's CRL was not written to disk", &error))
     }
 
     fn load(&self, issuer: &KeyId, shard: u16) {

@@ -120,6 +120,23 @@ impl Problem {
         Self::new(ErrorCode::ControllerUnreachable, "the controller is stopping", "try again when it is back")
     }
 
+    pub(crate) fn root_sealed(what: &str) -> Self {
+        Self::new(
+            ErrorCode::RootSealed,
+            format!("the root's key is offline: the controller cannot {what}"),
+            "write a request with `meshctl ca rotate start --request-out FILE`, sign it with `meshctl ca sign-issuer` where the key is",
+        )
+    }
+
+    /// A file of the ceremony with the offline root does not belong to what is here.
+    pub(crate) fn ceremony(why: impl Into<String>) -> Self {
+        Self::new(
+            ErrorCode::CeremonyMismatch,
+            why,
+            "compare the fingerprints of request, root and answer; make a new request if in doubt; nothing was changed",
+        )
+    }
+
     pub(crate) fn node_not_found(name: &str) -> Self {
         Self::new(
             ErrorCode::NodeNotFound,
@@ -288,6 +305,34 @@ fn explain(refusal: &Refusal) -> (ErrorCode, &'static str) {
             "the first name of the pair decides it: put another first, or add it to \"services\" of the profile",
         ),
         R::ProfileChanged { .. } => (C::ProfileChanged, ASK_AGAIN),
+        R::IssuerNotActive { .. } => (C::CertificateInvalid, "ask again: another CA issues now"),
+        R::AuthorityInvalid { .. } => (C::RotationRefused, "nothing was changed; look at `meshctl ca show`"),
+        R::RotationRunning { .. } => {
+            (C::RotationRunning, "finish it, or take it back: `meshctl ca rotate status`, `advance`, `abort`")
+        }
+        R::RotationNone => (
+            C::RotationNone,
+            "`meshctl ca rotate start` begins one; an authority that was dropped is not taken back",
+        ),
+        R::RotationMoved { .. } => {
+            (C::RotationRefused, "look at `meshctl ca rotate status`, then decide again")
+        }
+        R::RotationAborted => {
+            (C::RotationRefused, "advance it to its end, then start another; a way back is not turned again")
+        }
+        R::RotationWaits { .. } => (
+            C::RotationWaits,
+            "`meshctl ca rotate status` names them; a node that is gone for good: `meshctl node revoke`",
+        ),
+        R::TrustGap { .. } | R::LeafInUse { .. } | R::NodeBlind { .. } => (
+            C::RotationRefused,
+            "wait until it has been renewed, or revoke it; `meshctl ca rotate status` says more",
+        ),
+        R::RootSealed { .. } => (
+            C::RootSealed,
+            "write a request with `meshctl ca rotate start --request-out FILE`, and sign it where the key is",
+        ),
+        R::RootNotExported { .. } => (C::RotationRefused, "`meshctl ca seal` exports it first"),
         R::PolicyInvalid { .. } => {
             (C::PolicyInvalid, "correct it; `meshctl policy check` lists every problem")
         }

@@ -45,6 +45,7 @@ type Responses = mpsc::Sender<Result<pb::SyncResponse, Status>>;
 struct Stream {
     hub: SyncHub,
     node: NodeId,
+    serial: Serial,
     connection: Arc<Connection>,
     expires_in: Duration,
     requests: Streaming<pb::SyncRequest>,
@@ -86,7 +87,8 @@ impl SyncHub {
             let not_after = world.certificate(&serial).map_or(UtcTime::EPOCH, |c| c.not_after);
             not_after.since(UtcTime::from(self.clock.utc_now()))
         });
-        let stream_task = Stream { hub: self.clone(), node, connection, expires_in, requests, responses };
+        let stream_task =
+            Stream { hub: self.clone(), node, serial, connection, expires_in, requests, responses };
         tokio::spawn(async move {
             let responses = stream_task.responses.clone();
             if let Err(status) = stream_task.run().await {
@@ -177,6 +179,8 @@ impl Stream {
             backend: short_text(hello.backend, VERSION_BYTES_MAX),
             clock_offset_secs,
             holds_seq,
+            trust: hello.trust,
+            serial: Some(self.serial),
             forked,
             crls: hello.crls,
             endpoints: self.endpoints(hello.endpoints, seen)?,

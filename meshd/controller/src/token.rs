@@ -64,6 +64,13 @@ pub(crate) fn secret_matches(secret: &[u8], expected: Option<&[u8; 32]>) -> bool
     bool::from(equal) && expected.is_some()
 }
 
+/// What does not change between tokens.
+#[derive(Debug, Clone)]
+pub(crate) struct TokenPlace {
+    pub(crate) controllers: Vec<String>,
+    pub(crate) trust_domain: String,
+}
+
 /// What a token says besides its secret.
 #[derive(Debug, Clone)]
 pub(crate) struct TokenFacts {

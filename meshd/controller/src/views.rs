@@ -9,10 +9,10 @@ use mesh_core::{NodeId, Own, World};
 use mesh_proto::v1 as pb;
 use mesh_store::Head;
 
-use crate::authority::Authority;
 use crate::directory::Directory;
 use crate::entries::Entries;
 use crate::failpoint;
+use crate::identity::{issuer_ders, trust_bundle};
 use crate::publish::{Publisher, crl_have};
 
 /// How a node stands to be told about the roster.
@@ -32,7 +32,6 @@ pub(crate) enum Roster {
 #[derive(Debug, Clone)]
 pub(crate) struct Views {
     pub(crate) directory: Arc<Directory>,
-    pub(crate) authority: Arc<Authority>,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) entries: Arc<Entries>,
     pub(crate) journal_id: [u8; 16],
@@ -106,9 +105,10 @@ impl Views {
         Some(pb::Full {
             cursor: Some(self.cursor(head)),
             own: Some(own(&view.own)),
-            issuers: vec![self.authority.issuing_der().to_vec().into()],
+            issuers: issuer_ders(world, None),
             peers: view.peers.iter().filter_map(|(id, view)| self.entries.of(world, *id, view)).collect(),
             crls: frozen.unwrap_or_else(|| world.crls().map(have).collect()),
+            trust: trust_bundle(world),
         })
     }
 

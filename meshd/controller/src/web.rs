@@ -224,7 +224,7 @@ impl WebParts {
 
     fn below_base(&self, path: &str) -> Option<String> {
         self.directory.read(|world| {
-            let bases = world.cas().iter().flat_map(|ca| world.shard_groups(&ca.key_id));
+            let bases = world.authorities().iter().flat_map(|ca| world.shard_groups(&ca.key_id));
             let mut paths = bases.filter_map(|group| base_path(&group.base_url));
             paths.find_map(|base| path.strip_prefix(base).map(str::to_owned))
         })
@@ -305,9 +305,8 @@ impl WebParts {
     }
 
     fn certificate(&self, key_id: &KeyId) -> Option<Page> {
-        let der = self.directory.read(|world| {
-            world.cas().iter().find(|ca| ca.key_id == *key_id).map(|ca| Bytes::from(ca.der.clone()))
-        })?;
+        let der =
+            self.directory.read(|world| world.authority(key_id).map(|ca| Bytes::from(ca.der.clone())))?;
         let facts = CaFacts::read(&der)?;
         Some(Page {
             body: der,

@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
-use mesh_core::{CaRecord, UtcTime};
+use mesh_core::{Command, UtcTime};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
+use crate::auth::Caller;
 use crate::authority::CaFacts;
 use crate::parts::Parts;
 
@@ -20,6 +21,63 @@ impl pb::ca_server::Ca for CaService {
         }
         Ok(Response::new(info))
     }
+
+    async fn rotation_status(&self, _: Request<pb::Empty>) -> Result<Response<pb::RotationInfo>, Status> {
+        Ok(Response::new(self.0.rotation_info(false)?))
+    }
+
+    async fn start_rotation(
+        &self,
+        request: Request<pb::StartRotationRequest>,
+    ) -> Result<Response<pb::RotationInfo>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.start_rotation(&caller, request.into_inner()).await?))
+    }
+
+    async fn advance_rotation(
+        &self,
+        request: Request<pb::RotationStep>,
+    ) -> Result<Response<pb::RotationInfo>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let step = request.into_inner();
+        let (actor, operation) = (super::actor(&caller)?, super::operation(&step.operation_id)?);
+        let command = Command::AdvanceRotation { version: step.version };
+        self.0.step_rotation(actor, operation, command).await?;
+        Ok(Response::new(self.0.rotation_info(true)?))
+    }
+
+    async fn abort_rotation(
+        &self,
+        request: Request<pb::RotationStep>,
+    ) -> Result<Response<pb::RotationInfo>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let step = request.into_inner();
+        let (actor, operation) = (super::actor(&caller)?, super::operation(&step.operation_id)?);
+        let command = Command::AbortRotation { version: step.version };
+        self.0.step_rotation(actor, operation, command).await?;
+        Ok(Response::new(self.0.rotation_info(true)?))
+    }
+
+    async fn export_root(
+        &self,
+        request: Request<pb::ExportRootRequest>,
+    ) -> Result<Response<pb::ExportRootResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.export_root(&caller, request.into_inner()).await?))
+    }
+
+    async fn seal(&self, request: Request<pb::SealRequest>) -> Result<Response<pb::ActionResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.seal_root(&caller, request.into_inner()).await?))
+    }
+
+    async fn request_issuer(
+        &self,
+        request: Request<pb::Empty>,
+    ) -> Result<Response<pb::IssuerRequest>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.request_issuer(&caller).await?))
+    }
 }
 
 impl Parts {
@@ -27,14 +85,22 @@ impl Parts {
         let authority = self.issuing.authority();
         self.directory.read(|world| {
             let list = |roots: bool| -> Vec<pb::CaCertificate> {
-                world.cas().iter().filter(|ca| ca.is_root == roots).filter_map(ca_message).collect()
+                let known = world.trusted_authorities().filter(|ca| ca.is_root == roots);
+                let mut known: Vec<&mesh_core::Authority> = known.collect();
+                known.sort_by_key(|ca| ca.standing != mesh_core::Standing::Active);
+                known.into_iter().filter_map(ca_message).collect()
             };
             let subject_of = |key: &mesh_core::KeyId| {
-                let ca = world.cas().iter().find(|ca| ca.key_id == *key);
-                ca.and_then(|ca| CaFacts::read(&ca.der)).map(|facts| facts.subject).unwrap_or_default()
+                world
+                    .authority(key)
+                    .and_then(|ca| CaFacts::read(&ca.der))
+                    .map(|facts| facts.subject)
+                    .unwrap_or_default()
             };
+            let trusted = |issuer| world.authority(issuer).is_some_and(|known| known.standing.is_trusted());
             let crls = world
                 .crls()
+                .filter(|crl| trusted(&crl.issuer_key_id))
                 .map(|crl| pb::CrlInfo {
                     issuer_key_id: crl.issuer_key_id.0.clone().into(),
                     shard: crl.shard.into(),
@@ -59,7 +125,7 @@ impl Parts {
     }
 }
 
-fn ca_message(ca: &CaRecord) -> Option<pb::CaCertificate> {
+fn ca_message(ca: &mesh_core::Authority) -> Option<pb::CaCertificate> {
     let facts = CaFacts::read(&ca.der)?;
     Some(pb::CaCertificate {
         der: ca.der.clone().into(),
@@ -68,5 +134,7 @@ fn ca_message(ca: &CaRecord) -> Option<pb::CaCertificate> {
         not_after: UtcTime::from(facts.not_after).unix(),
         spki_sha256: facts.spki_sha256.to_vec().into(),
         serial: facts.serial.into(),
+        standing: ca.standing.as_str().to_owned(),
+        sealed: ca.sealed,
     })
 }

@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 use crate::auth::Caller;
 use crate::certify::{Asked, Order};
 use crate::history::{Query, Scope, State, is_cursor, state};
+use crate::identity::{issuer_ders, root_ders};
 use crate::limits::{ISSUER_DIGITS_MAX, NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
 use crate::revoke;
@@ -29,23 +30,17 @@ impl pb::certificates_server::Certificates for CertificatesService {
         let is_node = matches!(caller, Caller::Node { .. });
         let order = order(caller, request.into_inner())?;
         let issued = self.0.certifier.issue(order).await?;
-        let authority = self.0.issuing.authority();
         // A node has the others from its stream; a folder that is written once gets all there are.
         let crls = match is_node {
             true => self.0.publisher.messages_for(&issued.issuer_key_id, issued.shard),
             false => self.0.publisher.messages(&[]),
         };
-        let certificate = self
-            .0
-            .directory
-            .read(|world| world.certificate(&issued.serial).map(|known| certificate_message(world, known)));
-        Ok(Response::new(pb::IssueResponse {
-            leaf: issued.der.into(),
-            issuers: vec![authority.issuing_der().to_vec().into()],
-            roots: vec![authority.root_der().to_vec().into()],
-            crls,
-            certificate,
-        }))
+        let (certificate, issuers, roots) = self.0.directory.read(|world| {
+            let known = world.certificate(&issued.serial);
+            let certificate = known.map(|known| certificate_message(world, known));
+            (certificate, issuer_ders(world, Some(&issued.issuer_key_id)), root_ders(world))
+        });
+        Ok(Response::new(pb::IssueResponse { leaf: issued.der.into(), issuers, roots, crls, certificate }))
     }
 
     async fn explain(

@@ -1,19 +1,21 @@
 use std::sync::Arc;
 
 use mesh_core::world::CrlState;
-use mesh_core::{Command, UtcTime};
+use mesh_core::{Authority, Command, UtcTime, World};
 use mesh_proto::v1 as pb;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
-use crate::authority::CaRole;
+use crate::authority::{CaFacts, CaRole};
 use crate::config::Unlock;
 use crate::parts::Parts;
 
 /// A node's clock that differs by more than this is a finding.
 const CLOCK_OFFSET_FINDING_SECS: u64 = 60;
-/// A CA that ends sooner than this is a finding: 60 days.
-const CA_ENDS_SOON: std::time::Duration = std::time::Duration::from_secs(60 * 24 * 3600);
+/// Parts of a CA's life, in per cent, at whose beginning it is a finding, and a graver one.
+const CA_LIFE_LEFT: [(u32, &str); 3] = [(5, "bad"), (20, "warn"), (50, "warn")];
+/// An offline root's CRL that ends sooner than this is a finding: 60 days.
+const OFFLINE_CRL_ENDS_SOON: std::time::Duration = std::time::Duration::from_secs(60 * 24 * 3600);
 
 #[derive(Debug)]
 pub(crate) struct FleetService(pub(crate) Arc<Parts>);
@@ -90,18 +92,38 @@ impl Parts {
                 "check the controller's clock, then `meshctl clock confirm`",
             ));
         }
-        let ca_ends = UtcTime::from(self.issuing.authority().issuing_not_after());
-        if ca_ends.since(now) < CA_ENDS_SOON {
-            findings.push(finding(
-                &self.controller_name,
-                &format!("the issuing CA ends at {ca_ends}"),
-                "renew the issuing CA",
-            ));
-        }
+        self.directory.read(|world| {
+            for known in [world.active_root(), world.active_issuer()].into_iter().flatten() {
+                findings.extend(self.ca_finding(world, known, now));
+            }
+        });
         for node in nodes {
             self.node_findings(node, &mut findings);
         }
         findings
+    }
+
+    /// That a CA in use has little of its life left, or, if its key is offline, its CRL.
+    fn ca_finding(&self, world: &World, known: &Authority, now: UtcTime) -> Option<pb::Finding> {
+        let facts = CaFacts::read(&known.der)?;
+        let (kind, next) = match known.is_root {
+            true => ("root", "meshctl ca rotate start --root"),
+            false => ("issuing CA", "meshctl ca rotate start"),
+        };
+        let (start, end) = (UtcTime::from(facts.not_before), UtcTime::from(facts.not_after));
+        if let Some((left, severity)) = life_left(start, end, now) {
+            let what = format!("the {kind} has less than {left} % of its life left: it ends at {end}");
+            let severity = severity.to_owned();
+            return Some(pb::Finding { severity, ..finding(&self.controller_name, &what, next) });
+        }
+        let crl = world.crl(&known.key_id, 0).filter(|_| known.sealed)?;
+        (crl.next_update.since(now) < OFFLINE_CRL_ENDS_SOON).then(|| {
+            finding(
+                &self.controller_name,
+                &format!("the offline root's CRL ends at {}", crl.next_update),
+                "meshctl ca rotate start --request-out FILE, then sign it where the root's key is: the answer holds a new CRL",
+            )
+        })
     }
 
     fn node_findings(&self, node: &pb::Node, findings: &mut Vec<pb::Finding>) {
@@ -158,11 +180,42 @@ pub(crate) fn signed_at(this_update: UtcTime) -> i64 {
     (this_update + mesh_ca::CLOCK_SKEW_ALLOWANCE).unix()
 }
 
+/// The smallest of the marks that a life from `start` to `end` has fallen below at `now`.
+fn life_left(start: UtcTime, end: UtcTime, now: UtcTime) -> Option<(u32, &'static str)> {
+    let (life, left) = (end.since(start).as_secs(), end.since(now).as_secs());
+    CA_LIFE_LEFT.into_iter().find(|(mark, _)| left * 100 < life * u64::from(*mark))
+}
+
 fn finding(subject: &str, what: &str, next: &str) -> pb::Finding {
     pb::Finding {
         subject: subject.to_owned(),
         what: what.to_owned(),
         next: next.to_owned(),
         severity: "warn".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ca_is_a_finding_at_half_a_fifth_and_a_twentieth_of_its_life() {
+        let at = |percent_left: i64| UtcTime(1_000_000 - percent_left * 10_000);
+        let left = |now| life_left(UtcTime(0), UtcTime(1_000_000), now).map(|(mark, _)| mark);
+        for (percent, mark) in [
+            (100, None),
+            (50, None),
+            (49, Some(50)),
+            (20, Some(50)),
+            (19, Some(20)),
+            (5, Some(20)),
+            (4, Some(5)),
+            (0, Some(5)),
+        ] {
+            assert_eq!(left(at(percent)), mark, "{percent} % left");
+        }
+        assert_eq!(left(UtcTime(2_000_000)), Some(5), "past its end");
+        assert_eq!(life_left(UtcTime(0), UtcTime(100), UtcTime(99)), Some((5, "bad")));
     }
 }

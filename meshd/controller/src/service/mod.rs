@@ -24,7 +24,7 @@ use crate::status::Problem;
 use crate::writer::Committed;
 
 /// The operation's id: the caller's, which makes a repetition safe, or one of ours when it sent none.
-fn operation(bytes: &[u8]) -> Result<OperationId, Problem> {
+pub(crate) fn operation(bytes: &[u8]) -> Result<OperationId, Problem> {
     if bytes.is_empty() {
         return Ok(OperationId(mesh_runtime::random_bytes()));
     }
@@ -32,7 +32,7 @@ fn operation(bytes: &[u8]) -> Result<OperationId, Problem> {
 }
 
 /// The caller as an actor; the table has let in only those that are one.
-fn actor(caller: &Caller) -> Result<Actor, Problem> {
+pub(crate) fn actor(caller: &Caller) -> Result<Actor, Problem> {
     caller.actor().ok_or_else(|| Problem::denied(&caller.describe(), "this"))
 }
 

@@ -52,7 +52,7 @@ impl pb::operators_server::Operators for OperatorsService {
                 )
             })?;
         }
-        let facts = TokenFacts { kind: pb::join_token::Kind::Operator, ..self.0.token_facts.clone() };
+        let facts = TokenFacts { kind: pb::join_token::Kind::Operator, ..self.0.token_facts() };
         Ok(Response::new(pb::AddOperatorResponse { token: encode(&facts, &token, &secret) }))
     }
 

@@ -105,7 +105,7 @@ impl Parts {
         let now = self.utc();
         let info =
             self.directory.read(|world| world.token(&id).map(|token| token_message(world, token, now)));
-        Ok(pb::CreateTokenResponse { token: encode(&self.token_facts, &id, &secret), info })
+        Ok(pb::CreateTokenResponse { token: encode(&self.token_facts(), &id, &secret), info })
     }
 }
 

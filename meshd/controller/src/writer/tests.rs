@@ -55,7 +55,12 @@ fn create_mesh() -> Command {
         controller_name: "ctl-1".into(),
         ipv4_pool: "100.64.0.0/10".parse().unwrap(),
         cas: [true, false]
-            .map(|is_root| CaRecord { key_id: KeyId(vec![u8::from(is_root); 20]), der: vec![1], is_root })
+            .map(|is_root| CaRecord {
+                key_id: KeyId(vec![u8::from(is_root); 20]),
+                der: vec![1],
+                is_root,
+                sealed: false,
+            })
             .into(),
         starter_policy: STARTER_POLICY.into(),
     }

@@ -52,6 +52,11 @@ impl Mesh {
         mesh
     }
 
+    /// Before `init`.
+    pub(crate) fn empty() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), clock: Arc::new(SystemClock) }
+    }
+
     pub(crate) fn state_dir(&self) -> PathBuf {
         self.folder.path().join("state")
     }
@@ -481,8 +486,13 @@ impl SyncStream {
     }
 
     pub(crate) async fn ack(&self, seq: u64, crls: Vec<pb::CrlHave>) {
-        self.send(pb::sync_request::Request::Ack(pb::sync_request::Ack { seq, crls, findings: vec![] }))
-            .await;
+        self.send(pb::sync_request::Request::Ack(pb::sync_request::Ack {
+            seq,
+            crls,
+            findings: vec![],
+            trust: 0,
+        }))
+        .await;
     }
 
     /// Takes messages until the stream ends; what the goodbye said, if there was one.

@@ -12,6 +12,7 @@ mod profiles;
 mod publishing;
 mod relay;
 mod revocation;
+mod rotation;
 mod startup;
 mod sync;
 mod tls;

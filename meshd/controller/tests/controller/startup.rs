@@ -76,7 +76,7 @@ async fn a_newer_or_damaged_state_is_left_as_it_is() {
     let key = mesh.state_dir().join("keys/issuing.key");
     let sealed = fs::read(&key).unwrap();
     fs::copy(mesh.state_dir().join("keys/root.key"), &key).unwrap();
-    check(build(mesh.run_config()).await.unwrap_err(), ErrorCode::StateCorrupt, 1);
+    check(build(mesh.run_config()).await.unwrap_err(), ErrorCode::CaKeyMismatch, 4);
     fs::write(&key, sealed).unwrap();
     mesh.start().await.stop().await.unwrap();
 }

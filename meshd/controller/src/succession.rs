@@ -1,0 +1,598 @@
+//! One authority after another: new keys and certificates, the steps of a rotation, the root taken offline.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_ca::{CaNaming, Csr, Issuer, KeyPurpose, LeafKey, TrustAnchors, Usage, verify_chain};
+use mesh_core::{
+    Actor, CaRecord, Change, Command, Cross, Decision, KeyId, NodeId, OperationId, Request, Serial, World,
+};
+use mesh_proto::v1 as pb;
+use mesh_runtime::ShutdownToken;
+use rustls_pki_types::CertificateDer;
+use sha2::{Digest as _, Sha256};
+use time::UtcDateTime;
+
+use crate::auth::Caller;
+use crate::authority::{
+    Authority, CaFacts, KeyProblem, NewKey, Signer, WorldKeys, core_key_id, random_fill, unlock_with,
+};
+use crate::config::Passphrase;
+use crate::parts::Parts;
+use crate::state::{read_file, replace_file};
+use crate::status::Problem;
+use crate::tls::every_root;
+
+/// How often acknowledgements and conditions are looked at when nothing else happens.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// The key of an authority that the offline root has not signed yet, and its request.
+const PENDING_KEY: &str = "pending-issuing";
+const PENDING_REQUEST: &str = "pending-issuing.request";
+/// Bytes of a stored request.
+const REQUEST_BYTES_MAX: u64 = 16 * 1024;
+/// Shortest passphrase of an exported root: it is all that protects it.
+const EXPORT_PASSPHRASE_BYTES_MIN: usize = 8;
+
+/// Authorities that are ready to be announced.
+struct Prepared {
+    issuing: Signer,
+    root: Option<Signer>,
+    crosses: Vec<Cross>,
+}
+
+impl Prepared {
+    fn command(&self, auto: bool) -> Command {
+        let record = |signer: &Signer, is_root| CaRecord {
+            key_id: core_key_id(&signer.issuer),
+            der: signer.issuer.certificate_der().to_vec(),
+            is_root,
+            sealed: false,
+        };
+        Command::StartRotation {
+            issuing: record(&self.issuing, false),
+            root: self.root.as_ref().map(|root| record(root, true)),
+            crosses: self.crosses.clone(),
+            auto,
+        }
+    }
+}
+
+impl From<KeyProblem> for Problem {
+    fn from(problem: KeyProblem) -> Self {
+        match &problem {
+            KeyProblem::Write(error) if error.kind() == std::io::ErrorKind::StorageFull => Self::new(
+                pb::ErrorCode::DiskFull,
+                "no space left for a CA key",
+                "free some space, then try again",
+            ),
+            _ => Self::internal_error("no new CA key", &problem),
+        }
+    }
+}
+
+impl From<mesh_ca::IssueError> for Problem {
+    fn from(error: mesh_ca::IssueError) -> Self {
+        Self::internal_error("cannot make a CA certificate", &error)
+    }
+}
+
+/// New keys, sealed and written, and certificates by the keys that are here. Blocks.
+fn prepare(
+    authority: &Authority,
+    active_root: &mesh_core::Authority,
+    fleet: &str,
+    with_root: bool,
+    now: UtcDateTime,
+) -> Result<Prepared, Problem> {
+    let old =
+        authority.signer(&active_root.key_id).ok_or_else(|| Problem::root_sealed("sign a new authority"))?;
+    let naming = CaNaming { mesh: fleet, now };
+    let new_root = match with_root {
+        false => None,
+        true => {
+            let key = draw(authority, "new-root", KeyPurpose::Root)?;
+            let made = mesh_ca::create_root(&key.store, &key.id, naming, &mut random_fill)?;
+            Some(keep(authority, key, &made.der, KeyPurpose::Root)?)
+        }
+    };
+    let crosses = match &new_root {
+        None => Vec::new(),
+        Some(new) => {
+            let cross = |signer: &Signer, root: &Signer| -> Result<Cross, Problem> {
+                let der = root.issuer.certificate_der();
+                let made =
+                    mesh_ca::vouch_for_root(&signer.issuer, &*signer.store, der, now, &mut random_fill)?;
+                let (root, by) = (core_key_id(&root.issuer), core_key_id(&signer.issuer));
+                Ok(Cross { root, by, der: made.der })
+            };
+            vec![cross(&old, new)?, cross(new, &old)?]
+        }
+    };
+    let root = new_root.as_ref().unwrap_or(&old);
+    let key = draw(authority, "new-issuing", KeyPurpose::Issuing)?;
+    let both = mesh_ca::BothStores(&*root.store, &key.store);
+    let made = mesh_ca::create_issuing_ca(&root.issuer, &both, &key.id, naming, &mut random_fill)?;
+    let issuing = keep(authority, key, &made.der, KeyPurpose::Issuing)?;
+    Ok(Prepared { issuing, root: new_root, crosses })
+}
+
+fn draw(authority: &Authority, name: &str, purpose: KeyPurpose) -> Result<NewKey, Problem> {
+    let id = mesh_ca::KeyId::parse(name).map_err(|error| Problem::internal_error("bad key name", &error))?;
+    Ok(NewKey::draw(id, purpose, authority.passphrase())?)
+}
+
+/// Writes a key under its own name, which only its certificate gives it, and binds both.
+fn keep(authority: &Authority, key: NewKey, der: &[u8], purpose: KeyPurpose) -> Result<Signer, Problem> {
+    let identifier =
+        mesh_ca::ca_key_identifier(der).ok_or_else(|| Problem::internal("a new CA has no identifier"))?;
+    let id = crate::authority::key_name(purpose == KeyPurpose::Root, &KeyId(identifier.as_bytes().to_vec()));
+    let key = key.renamed(id, purpose, authority.passphrase())?;
+    key.write(authority.keys())?;
+    let issuer = Issuer::new(der, key.id.clone(), authority.domain().clone(), &key.store)?;
+    Ok(Signer { issuer, store: Box::new(key.store) })
+}
+
+impl Parts {
+    /// Follows what nodes acknowledge, and takes steps by itself where the one who started it said so.
+    pub(crate) async fn keep_rotation(self: Arc<Self>, shutdown: ShutdownToken) {
+        let (mut head, mut acks) = (self.directory.watch(), self.presence.watch_acks());
+        loop {
+            self.follow_authorities();
+            if let Err(problem) = self.note_acknowledgements().await {
+                tracing::warn!(why = problem.why, "acknowledgements were not written down");
+            }
+            if let Err(problem) = self.advance_by_itself().await {
+                tracing::debug!(why = problem.why, "the rotation waits");
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                changed = head.changed() => if changed.is_err() { return },
+                changed = acks.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Keys in memory and roots for client certificates as World has them.
+    fn follow_authorities(&self) {
+        let (known, roots) = self.directory.read(|world| (WorldKeys::of(world), every_root(world)));
+        self.issuing.authority().follow(&known);
+        if let Err(error) = self.anchors.replace(roots) {
+            tracing::error!(%error, "a root of ours cannot be used");
+        }
+    }
+
+    async fn note_acknowledgements(&self) -> Result<(), Problem> {
+        let (version, behind) = self.directory.read(|world| {
+            let version = world.bundle_version();
+            let behind = world.nodes().filter(|node| node.bundle < version);
+            let current = |node: &mesh_core::world::Node| Some((node.id, node.current.as_ref()?.serial));
+            (version, behind.filter_map(current).collect::<Vec<_>>())
+        });
+        // Under its current identity: then the one before is not shown any more.
+        let says = |(id, serial): &(NodeId, Serial)| {
+            let presence = self.presence.of(*id);
+            presence.trust == version && presence.serial == Some(*serial)
+        };
+        let nodes: BTreeSet<NodeId> = behind.into_iter().filter(says).map(|(id, _)| id).collect();
+        if !nodes.is_empty() {
+            self.writer.submit_own(Command::AcknowledgeBundle { version, nodes }).await?;
+        }
+        Ok(())
+    }
+
+    async fn advance_by_itself(&self) -> Result<(), Problem> {
+        let at = self.utc();
+        let ready = self.directory.read(|world| {
+            let rotation = world.rotation().filter(|rotation| rotation.auto)?;
+            world.rotation_waits_for(at)?.is_over().then_some(rotation.version)
+        });
+        let Some(version) = ready else { return Ok(()) };
+        let operation = OperationId(mesh_runtime::random_bytes());
+        self.step_rotation(Actor::Controller, operation, Command::AdvanceRotation { version }).await
+    }
+
+    pub(crate) async fn start_rotation(
+        &self,
+        caller: &Caller,
+        request: pb::StartRotationRequest,
+    ) -> Result<pb::RotationInfo, Problem> {
+        let operation = super::service::operation(&request.operation_id)?;
+        let actor = super::service::actor(caller)?;
+        let _one = self.successions.lock().await;
+        if self.directory.read(|world| world.operation(&operation).is_some()) {
+            return self.rotation_info(false);
+        }
+        // Before a key is drawn: a refusal leaves nothing behind.
+        let (at, kind) = (self.utc(), mesh_core::CommandKind::StartRotation);
+        let (fleet, active_root) = self.directory.read(|world| {
+            world.check_actor(at, &actor, kind)?;
+            if let Some(rotation) = world.rotation() {
+                return Err(mesh_core::Refusal::RotationRunning { to: rotation.to.clone() });
+            }
+            let root = world.active_root().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
+            Ok((world.fleet().unwrap_or_default().to_owned(), root))
+        })?;
+        let (authority, now) = (Arc::clone(self.issuing.authority()), self.clock.utc_now());
+        let prepared = match request.signed {
+            Some(_) if request.root => {
+                return Err(Problem::usage(
+                    "a request for the offline root is for an issuing CA, not for a root",
+                ));
+            }
+            Some(response) => self.take_response(response, &active_root).await?,
+            None => {
+                let with_root = request.root;
+                let work = move || prepare(&authority, &active_root, &fleet, with_root, now);
+                self.issuing.on_pool(work).await?
+            }
+        };
+        let command = prepared.command(request.auto);
+        let ids: Vec<KeyId> =
+            prepared.root.iter().chain([&prepared.issuing]).map(|s| core_key_id(&s.issuer)).collect();
+        let authority = self.issuing.authority();
+        prepared.root.into_iter().chain([prepared.issuing]).for_each(|signer| authority.add(signer));
+        // Commit point.
+        let committed = self.writer.submit(Request { actor, operation, command }).await;
+        if let Err(error) = committed {
+            for key_id in &ids {
+                if let Err(error) = authority.forget_drawn(key_id) {
+                    tracing::warn!(%error, "a key that is of no use stays on disk");
+                }
+            }
+            return Err(error.into());
+        }
+        self.follow_authorities();
+        self.forget_pending();
+        tracing::info!(to = ?ids, "rotation started");
+        self.rotation_info(true)
+    }
+
+    /// Checks with real verifiers what `decide` checks on records, then takes the step.
+    pub(crate) async fn step_rotation(
+        &self,
+        actor: Actor,
+        operation: OperationId,
+        command: Command,
+    ) -> Result<(), Problem> {
+        let request = Request { actor, operation, command };
+        let at = self.utc();
+        let check = self.directory.read(|world| Check::of(world, at, &request))?;
+        if let Some(check) = check {
+            let (archive, now) = (self.archive.clone(), self.clock.utc_now());
+            let domain = self.issuing.authority().domain().clone();
+            let leaves = check.leaves.clone();
+            let ders = move || {
+                leaves
+                    .into_iter()
+                    .filter_map(|(seq, serial)| archive.certificate(seq, &serial).transpose())
+                    .map(|found| found.map(|leaf| (leaf.serial, leaf.der)))
+                    .collect::<Result<Vec<_>, Problem>>()
+            };
+            let ders = self.issuing.on_pool(ders).await?;
+            self.issuing.on_pool(move || check.verify(&domain, &ders, now)).await?;
+        }
+        // Commit point.
+        let committed = self.writer.submit(request).await?;
+        self.follow_authorities();
+        tracing::info!(seq = committed.seq, changed = committed.changed(), "rotation has moved");
+        Ok(())
+    }
+
+    pub(crate) fn rotation_info(&self, changed: bool) -> Result<pb::RotationInfo, Problem> {
+        let at = self.utc();
+        Ok(self.directory.read(|world| rotation_message(world, at, changed)))
+    }
+
+    /// The root's key under a passphrase of the caller's. Recorded first.
+    pub(crate) async fn export_root(
+        &self,
+        caller: &Caller,
+        request: pb::ExportRootRequest,
+    ) -> Result<pb::ExportRootResponse, Problem> {
+        let operation = super::service::operation(&request.operation_id)?;
+        let actor = super::service::actor(caller)?;
+        let passphrase = Passphrase::new(request.passphrase);
+        if passphrase.as_bytes().len() < EXPORT_PASSPHRASE_BYTES_MIN {
+            return Err(Problem::usage(format!(
+                "the passphrase of an exported root has at least {EXPORT_PASSPHRASE_BYTES_MIN} characters"
+            )));
+        }
+        let _one = self.successions.lock().await;
+        let root = self.active_root()?;
+        let command = Command::ExportRoot { key_id: root.key_id.clone() };
+        // Commit point: whoever has the file stands in the journal.
+        self.writer.submit(Request { actor, operation, command }).await?;
+        let crl = self.publisher.sign_anew(&root.key_id).await?;
+        let authority = Arc::clone(self.issuing.authority());
+        let known = root.clone();
+        let (sealed_key, key_id) =
+            self.issuing.on_pool(move || authority.export(&known, &passphrase)).await?;
+        let facts = CaFacts::read(&root.der).ok_or_else(|| Problem::internal("the root cannot be read"))?;
+        Ok(pb::ExportRootResponse {
+            sealed_key,
+            root: root.der.into(),
+            key_id,
+            crl,
+            spki_sha256: facts.spki_sha256.to_vec().into(),
+            fleet: self.directory.read(|world| world.fleet().unwrap_or_default().to_owned()),
+            trust_domain: self.issuing.authority().domain().to_string(),
+        })
+    }
+
+    /// Takes the root's key away, for good.
+    pub(crate) async fn seal_root(
+        &self,
+        caller: &Caller,
+        request: pb::SealRequest,
+    ) -> Result<pb::ActionResponse, Problem> {
+        let operation = super::service::operation(&request.operation_id)?;
+        let actor = super::service::actor(caller)?;
+        let _one = self.successions.lock().await;
+        let root = self.active_root()?;
+        let facts = CaFacts::read(&root.der).ok_or_else(|| Problem::internal("the root cannot be read"))?;
+        if facts.spki_sha256 != *request.root_spki_sha256 {
+            return Err(Problem::ceremony(
+                "the exported file is of another root than the one that signs here",
+            ));
+        }
+        let command = Command::SealRoot { key_id: root.key_id.clone() };
+        // Commit point: from here on the key is not used; a crash before it is removed ends at the next start.
+        let committed = self.writer.submit(Request { actor, operation, command }).await?;
+        let authority = Arc::clone(self.issuing.authority());
+        let known = root.clone();
+        let removed = self.issuing.on_pool(move || {
+            authority
+                .forget(&known)
+                .map_err(|error| Problem::internal_error("the root's key file stays", &error))
+        });
+        removed.await?;
+        let detail = match committed.changed() {
+            true => format!("root {} is offline", hex::encode(facts.spki_sha256)),
+            false => "the root is offline already".to_owned(),
+        };
+        Ok(pb::ActionResponse { changed: committed.changed(), detail, incomplete: false })
+    }
+
+    /// The request for the offline root: made once, and handed out again until it is answered.
+    pub(crate) async fn request_issuer(&self, caller: &Caller) -> Result<pb::IssuerRequest, Problem> {
+        let actor = super::service::actor(caller)?;
+        let _one = self.successions.lock().await;
+        let at = self.utc();
+        let (root, fleet, crl_number) = self.directory.read(|world| {
+            world.check_actor(at, &actor, mesh_core::CommandKind::StartRotation)?;
+            if let Some(rotation) = world.rotation() {
+                return Err(mesh_core::Refusal::RotationRunning { to: rotation.to.clone() });
+            }
+            let root = world.active_root().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
+            let number = world.last_crl_number(&root.key_id, 0) + 1;
+            Ok((root, world.fleet().unwrap_or_default().to_owned(), number))
+        })?;
+        let authority = Arc::clone(self.issuing.authority());
+        let facts = CaFacts::read(&root.der).ok_or_else(|| Problem::internal("the root cannot be read"))?;
+        let csr = self.issuing.on_pool(move || pending_csr(&authority)).await?;
+        Ok(pb::IssuerRequest {
+            root_spki_sha256: facts.spki_sha256.to_vec().into(),
+            csr: csr.into(),
+            fleet,
+            trust_domain: self.issuing.authority().domain().to_string(),
+            crl_number,
+            created_at: at.unix(),
+        })
+    }
+
+    /// The offline root's answer: certificate and CRL, each checked before anything is believed.
+    async fn take_response(
+        &self,
+        response: pb::IssuerResponse,
+        root: &mesh_core::Authority,
+    ) -> Result<Prepared, Problem> {
+        let authority = Arc::clone(self.issuing.authority());
+        let (root, number) =
+            self.directory.read(|world| (root.clone(), world.last_crl_number(&root.key_id, 0)));
+        let known = root.clone();
+        let (signer, crl) = self
+            .issuing
+            .on_pool(move || {
+                let crl = mesh_ca::Crl::parse_verified(&response.root_crl, &known.der)
+                    .map_err(|error| Problem::ceremony(format!("the root's CRL is not believed: {error}")))?;
+                if crl.number() <= number {
+                    return Err(Problem::ceremony(format!(
+                        "the root's CRL has number {}, {number} was there already",
+                        crl.number()
+                    )));
+                }
+                let signer = bind_pending(&authority, &response, &known)?;
+                Ok((signer, (crl, response.root_crl)))
+            })
+            .await?;
+        self.publisher.take_foreign(&root.key_id, &crl.0, crl.1).await?;
+        Ok(Prepared { issuing: signer, root: None, crosses: Vec::new() })
+    }
+
+    /// The request has been answered.
+    fn forget_pending(&self) {
+        let keys = self.issuing.authority().keys();
+        for name in [format!("{PENDING_KEY}.key"), PENDING_REQUEST.to_owned()] {
+            match std::fs::remove_file(keys.join(&name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, name, "an answered request stays on disk");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn active_root(&self) -> Result<mesh_core::Authority, Problem> {
+        self.directory
+            .read(|world| world.active_root().cloned())
+            .ok_or_else(|| mesh_core::Refusal::MeshMissing.into())
+    }
+}
+
+/// The CSR of the pending key; both are made if they are not there. Blocks.
+fn pending_csr(authority: &Authority) -> Result<Vec<u8>, Problem> {
+    let request = authority.keys().join(PENDING_REQUEST);
+    let key_file = authority.keys().join(format!("{PENDING_KEY}.key"));
+    if key_file.exists()
+        && let Ok(csr) = read_file(&request, REQUEST_BYTES_MAX)
+    {
+        return Ok(csr);
+    }
+    let key = draw(authority, PENDING_KEY, KeyPurpose::Issuing)?;
+    let leaf_key = LeafKey::from_pkcs8_der(key.pkcs8())
+        .map_err(|error| Problem::internal_error("cannot use a new key", &error))?;
+    let csr = Csr::create(&leaf_key).map_err(|error| Problem::internal_error("cannot make a CSR", &error))?;
+    // The key first: a request without its key would be signed for nothing.
+    key.write(authority.keys())?;
+    replace_file(&request, &csr)
+        .map_err(|error| Problem::internal_error("cannot write the request", &error))?;
+    Ok(csr)
+}
+
+/// The pending key with the certificate that the offline root made for it, under its lasting name. Blocks.
+fn bind_pending(
+    authority: &Authority,
+    response: &pb::IssuerResponse,
+    root: &mesh_core::Authority,
+) -> Result<Signer, Problem> {
+    let csr = read_file(&authority.keys().join(PENDING_REQUEST), REQUEST_BYTES_MAX)
+        .map_err(|_| Problem::ceremony("no request is waiting for an answer"))?;
+    if response.request_sha256 != <[u8; 32]>::from(Sha256::digest(&csr)).as_slice() {
+        return Err(Problem::ceremony("the answer is to another request than the one that waits"));
+    }
+    let key = NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?;
+    let der = response.certificate.as_ref();
+    if let Some(finding) = mesh_ca::lint_ca(der, &root.der).into_iter().next() {
+        return Err(Problem::ceremony(format!("the certificate breaks a rule: {finding}")));
+    }
+    if !mesh_ca::is_signed_by(der, &root.der) {
+        return Err(Problem::ceremony("the certificate is not signed by this mesh's root"));
+    }
+    Issuer::new(der, key.id.clone(), authority.domain().clone(), &key.store).map_err(|error| {
+        Problem::ceremony(format!("the certificate does not fit the key that waits: {error}"))
+    })?;
+    keep(authority, key, der, KeyPurpose::Issuing)
+}
+
+/// What a step must not break, copied out of World: real certificates, real bundles.
+struct Check {
+    /// Of leaves in use.
+    leaves: Vec<(u64, Serial)>,
+    /// Roots and issuing CAs of each bundle in use, and of the one to come.
+    bundles: Vec<(Vec<Vec<u8>>, Vec<Vec<u8>>)>,
+}
+
+impl Check {
+    /// `None` if the step would change nothing.
+    fn of(world: &World, at: mesh_core::UtcTime, request: &Request) -> Result<Option<Self>, Problem> {
+        let Decision::Changes(changes) = world.decide(at, request)? else { return Ok(None) };
+        let next = changes.iter().find_map(|change| match change {
+            Change::BundleIssued { bundle } => Some(bundle),
+            _ => None,
+        });
+        let der = |key_id: &KeyId| world.authority(key_id).map(|known| known.der.clone());
+        let ders = |bundle: &mesh_core::Bundle| {
+            (bundle.roots.iter().filter_map(der).collect(), bundle.issuers.keys().filter_map(der).collect())
+        };
+        let bundles = world.bundles_in_use(at).chain(next).map(ders).collect();
+        let leaves = world.leaves_in_use(at).map(|leaf| (leaf.issued_seq, leaf.serial)).collect();
+        Ok(Some(Self { leaves, bundles }))
+    }
+
+    /// Blocks.
+    fn verify(
+        &self,
+        domain: &mesh_ca::TrustDomain,
+        leaves: &[(Serial, Vec<u8>)],
+        now: UtcDateTime,
+    ) -> Result<(), Problem> {
+        for (roots, issuers) in &self.bundles {
+            let anchors = TrustAnchors::new(domain.clone(), roots)
+                .map_err(|error| Problem::internal_error("a bundle cannot be used", &error))?;
+            let issuers: Vec<CertificateDer<'_>> =
+                issuers.iter().map(|der| CertificateDer::from(der.as_slice())).collect();
+            for (serial, der) in leaves {
+                verify_chain(der, &issuers, &anchors, now, Usage::Any, None).map_err(|error| {
+                    Problem::new(
+                        pb::ErrorCode::RotationRefused,
+                        format!("certificate {serial} would not verify after this step: {error}"),
+                        "renew or revoke it, then try again; nothing was changed",
+                    )
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lines of one kind that are shown; the count says the rest.
+const SHOWN_MAX: usize = 50;
+
+fn rotation_message(world: &World, at: mesh_core::UtcTime, changed: bool) -> pb::RotationInfo {
+    let nodes = world.nodes().filter(|node| node.state == mesh_core::world::NodeState::Active).count() as u64;
+    let version = world.bundle_version();
+    let Some((rotation, waiting)) = world.rotation().zip(world.rotation_waits_for(at)) else {
+        return pb::RotationInfo { version, nodes, changed, ..pb::RotationInfo::default() };
+    };
+    let subject = |key_id: &KeyId| {
+        let facts = world.authority(key_id).and_then(|known| CaFacts::read(&known.der));
+        facts.map_or_else(|| key_id.to_string(), |facts| facts.subject)
+    };
+    let names = |ids: &[NodeId]| -> Vec<String> {
+        let named = ids.iter().filter_map(|id| world.node(*id)).map(|node| node.name.to_string());
+        named.take(SHOWN_MAX).collect()
+    };
+    let mut leaves: BTreeMap<mesh_core::UtcTime, Vec<String>> = BTreeMap::new();
+    for leaf in waiting.leaves.iter().filter_map(|serial| world.certificate(serial)) {
+        let name = leaf.names.first().map_or_else(|| leaf.profile.clone(), ToString::to_string);
+        leaves
+            .entry(leaf.not_after)
+            .or_default()
+            .push(format!("{name} {} until {}", leaf.serial, leaf.not_after));
+    }
+    pb::RotationInfo {
+        running: true,
+        kind: rotation.kind.as_str().to_owned(),
+        phase: rotation.phase.as_str().to_owned(),
+        aborted: rotation.aborted,
+        auto: rotation.auto,
+        version: rotation.version,
+        started_at: rotation.started_at.unix(),
+        phase_at: rotation.phase_at.unix(),
+        from: subject(&rotation.from),
+        to: subject(&rotation.to),
+        waits_until: leaves.last_key_value().map_or(0, |(until, _)| until.unix()),
+        waits_for_nodes: names(&waiting.nodes),
+        waits_for_certificates: leaves.into_values().flatten().take(SHOWN_MAX).collect(),
+        away: names(&waiting.away),
+        ready: waiting.is_over(),
+        changed,
+        nodes,
+        ended: String::new(),
+    }
+}
+
+impl Authority {
+    /// A key that was drawn for nothing goes from memory and disk.
+    fn forget_drawn(&self, key_id: &KeyId) -> std::io::Result<()> {
+        let Some(signer) = self.signer(key_id) else { return Ok(()) };
+        self.drop_signer(key_id);
+        std::fs::remove_file(self.keys().join(format!("{}.key", signer.issuer.key_id())))
+    }
+
+    /// The root's key, sealed again under `passphrase`; and the name it has in that seal. Blocks.
+    fn export(
+        &self,
+        root: &mesh_core::Authority,
+        passphrase: &Passphrase,
+    ) -> Result<(String, String), Problem> {
+        let (id, pkcs8) = self.open_sealed(root)?;
+        let cost = mesh_ca::KdfParams::default();
+        let unlock = unlock_with(Some(passphrase));
+        let text = mesh_ca::seal(&pkcs8, &id, KeyPurpose::Root, unlock, cost, &mut random_fill)
+            .map_err(|error| Problem::internal_error("the root's key cannot be sealed again", &error))?;
+        Ok((text.as_str().to_owned(), id.to_string()))
+    }
+}
