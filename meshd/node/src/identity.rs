@@ -29,6 +29,8 @@ use crate::state::{Der, Identity, RenewalRequest, StateDir};
 
 /// The wall clock is looked at this often, since it may jump.
 const CLOCK_CHECK: Duration = Duration::from_secs(20);
+/// A renewal to follow a change of issuing CA is repeated at most this often.
+const MOVE_PAUSE: Duration = Duration::from_secs(20);
 /// An order to rotate keys is carried out at most this often, until the controller takes it back.
 const ROTATION_PAUSE: Duration = Duration::from_secs(60);
 
@@ -47,6 +49,8 @@ enum Keys {
 pub(crate) struct Active {
     pub(crate) identity: Identity,
     pub(crate) serial: Vec<u8>,
+    /// Key identifier of the CA that signed it.
+    pub(crate) issuer: Vec<u8>,
     pub(crate) not_after: UtcDateTime,
     pub(crate) renews_at: UtcDateTime,
     /// The newest public key.
@@ -71,12 +75,18 @@ impl Active {
         let newest = newest.ok_or_else(|| unbelievable("it has no WireGuard key".to_owned()))?;
         Ok(Self {
             serial: leaf.serial.as_bytes().to_vec(),
+            issuer: leaf.issuer_key_id.as_bytes().to_vec(),
             not_after: leaf.chain_not_after,
             wireguard_key: wireguard_key(newest)?.public().0,
             renews_at: assigned(identity.renew_at, leaf.not_before, leaf.not_after)
                 .unwrap_or_else(|| renews_at(leaf.not_before, leaf.not_after, leaf.serial.as_bytes())),
             identity,
         })
+    }
+
+    /// Whether another CA issues now: this identity is about to be trusted by nobody.
+    pub(crate) fn is_of_retiring_issuer(&self) -> bool {
+        !self.identity.active_issuer.is_empty() && self.issuer != self.identity.active_issuer
     }
 
     pub(crate) fn has_expired(&self, now: UtcDateTime) -> bool {
@@ -131,7 +141,8 @@ impl Identities {
         if fallback.is_none() || used.serial != self.active().serial {
             return Ok(());
         }
-        self.state.save_identity(&used.identity)?;
+        // What was learned meanwhile about roots belongs to it.
+        self.state.save_identity(&self.active().identity)?;
         self.state.forget_next_identity()?;
         *fallback = None;
         tracing::info!(serial = hex::encode(&used.serial), "new identity proved, the old one is forgotten");
@@ -148,6 +159,55 @@ impl Identities {
         Ok(true)
     }
 
+    /// Takes up what the controller says is to be trusted, as far as the roots that are here lead to it. On disk
+    /// when this returns; `None` if it is nothing new.
+    ///
+    /// # Errors
+    /// No root of it can be reached, or this node's own certificate would not verify with it: nothing has changed.
+    pub(crate) fn take_bundle(&self, bundle: &pb::TrustBundle) -> Result<Option<Arc<Active>>, Failure> {
+        let refused = |why: String| {
+            Failure::new(
+                ErrorCode::ControllerNotTrusted,
+                format!("the controller's new roots are not believed: {why}"),
+                "compare `meshctl ca fingerprint` on the controller with this node's; nothing was changed here",
+            )
+        };
+        let mut fallback = self.fallback.lock().unwrap_or_else(PoisonError::into_inner);
+        let active = self.active();
+        if active.identity.bundle == bundle.version && active.identity.active_issuer == bundle.issuer_key_id {
+            return Ok(None);
+        }
+        let renewed = |before: &Active| -> Result<Active, Failure> {
+            let roots = &before.identity.roots;
+            let next = pki::with_bundle(&before.identity, roots, bundle, self.clock.now())
+                .map_err(|error| refused(mesh_runtime::chain(&error)))?;
+            Active::new(next).map_err(|failure| refused(failure.why))
+        };
+        let next = Arc::new(renewed(&active)?);
+        if next.identity.bundle != bundle.version {
+            tracing::warn!(
+                version = bundle.version,
+                "a new root is not vouched for by one that is trusted; it is left out"
+            );
+        }
+        match fallback.as_ref() {
+            Some(before) => {
+                let before = Arc::new(renewed(before)?);
+                self.state.save_identity(&before.identity)?;
+                self.state.save_next_identity(&next.identity)?;
+                *fallback = Some(before);
+            }
+            None => self.state.save_identity(&next.identity)?,
+        }
+        drop(fallback);
+        if next.identity.root_pin != active.identity.root_pin {
+            tracing::warn!(root = hex::encode(next.identity.root_pin), "the pinned root has moved on");
+        }
+        tracing::info!(version = bundle.version, "bundle of roots and issuing CAs taken up");
+        self.active.send_replace(next.clone());
+        Ok(Some(next))
+    }
+
     /// Renews whenever a third of the life is over or the controller orders new keys, for as long as it runs.
     pub(crate) async fn keep_renewed(
         self: Arc<Self>,
@@ -158,6 +218,7 @@ impl Identities {
         let mut retry = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
         let mut active = self.subscribe();
         let mut rotated: Option<tokio::time::Instant> = None;
+        let mut moved: Option<tokio::time::Instant> = None;
         loop {
             let now = self.clock.now();
             let current = active.borrow_and_update().clone();
@@ -169,7 +230,8 @@ impl Identities {
                 (true, false, true) => Keys::Shed,
                 _ => Keys::Keep,
             };
-            let due = keys != Keys::Keep || now >= current.renews_at;
+            let moves = current.is_of_retiring_issuer() && moved.is_none_or(|at| at.elapsed() >= MOVE_PAUSE);
+            let due = keys != Keys::Keep || moves || now >= current.renews_at;
             let connected = channel.borrow_and_update().clone();
             // An expired identity is the uplink's: it may do nothing but Resume.
             if let (true, Some(channel), false) = (due, connected, current.has_expired(now)) {
@@ -178,6 +240,7 @@ impl Identities {
                         retry.reset();
                         self.findings.clear("identity/renewal");
                         rotated = (keys == Keys::Rotate).then(tokio::time::Instant::now).or(rotated);
+                        moved = moves.then(tokio::time::Instant::now).or(moved);
                         continue;
                     }
                     Err(failure) => {
@@ -286,8 +349,16 @@ impl Identities {
         };
         let before = &active.identity;
         let (tls_key, wireguard_keys) = (request.tls_key.clone(), request.wireguard_keys.clone());
+        let bundle = answer.trust.clone();
         let mut next = Identity::from_answer(answer, before.root_pin, tls_key, wireguard_keys)
             .ok_or_else(|| unclear("a field is missing"))?;
+        // The lists of the answer are from before its bundle; what they lead to is the same.
+        if let Some(bundle) = &bundle {
+            next = pki::with_bundle(&next, &before.roots, bundle, self.clock.now())
+                .map_err(|error| unclear(&mesh_runtime::chain(&error)))?;
+        } else {
+            next.lineage.clone_from(&before.lineage);
+        }
         if next.name != before.name
             || next.node_id != before.node_id
             || next.trust_domain != before.trust_domain

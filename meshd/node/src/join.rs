@@ -81,7 +81,8 @@ impl Token {
 
     /// Whether the token is for the mesh that `identity` belongs to.
     pub(crate) fn is_for(&self, identity: &Identity) -> bool {
-        self.root_pin == identity.root_pin && self.trust_domain == identity.trust_domain
+        // During a change of roots there are two, and a token pins either.
+        pki::has_root(identity, &self.root_pin) && self.trust_domain == identity.trust_domain
     }
 }
 
@@ -151,8 +152,8 @@ impl Joiner {
         let mut approval = Backoff::new(APPROVAL_FIRST, APPROVAL_LONGEST);
         loop {
             match self.ask(enrollment, progress).await {
-                Ok(Outcome::Enrolled(answer)) => {
-                    let identity = self.accept(enrollment, answer)?;
+                Ok((Outcome::Enrolled(answer), root)) => {
+                    let identity = self.accept(enrollment, answer, root)?;
                     failpoint::ENROLL_BEFORE_SAVE.crash();
                     // Commit point: from here on this machine is that node.
                     self.state.save_identity(&identity)?;
@@ -160,7 +161,7 @@ impl Joiner {
                     self.state.forget_enrollment()?;
                     return Ok(identity);
                 }
-                Ok(Outcome::Pending(pending)) => {
+                Ok((Outcome::Pending(pending), _)) => {
                     // A full queue means that nobody listens any more; the question goes on.
                     let _ = progress.try_send(Progress::Pending(pending));
                     tokio::time::sleep(APPROVAL_FIRST + approval.next_wait()).await;
@@ -180,7 +181,7 @@ impl Joiner {
         &self,
         enrollment: &Enrollment,
         progress: &mpsc::Sender<Progress>,
-    ) -> Result<Outcome, Failure> {
+    ) -> Result<(Outcome, Der), Failure> {
         let mut last = None;
         for address in &enrollment.controllers {
             let _ = progress.try_send(Progress::Connecting(address.clone()));
@@ -199,7 +200,8 @@ impl Joiner {
         Err(last.expect("a token names at least one controller"))
     }
 
-    async fn ask_one(&self, enrollment: &Enrollment, address: &str) -> Result<Outcome, Failure> {
+    /// The answer, and the root that was pinned and shown.
+    async fn ask_one(&self, enrollment: &Enrollment, address: &str) -> Result<(Outcome, Der), Failure> {
         let (tls, verifier) = joining_config(enrollment.root_pin, &self.clock);
         let connected = match connect(address, tls).await {
             Ok(connected) => connected,
@@ -217,9 +219,9 @@ impl Joiner {
             }
         };
         // The pin has matched in this very connection; only now may the secret leave.
-        if verifier.accepted().is_none() {
+        let Some(root) = verifier.accepted().map(|accepted| accepted.root_der) else {
             return Err(root_mismatch(&enrollment.root_pin, verifier.shown().as_ref()));
-        }
+        };
         let wireguard = wireguard_key(&enrollment.wireguard_key)?;
         let mut request = Request::new(pb::EnrollRequest {
             token_id: enrollment.token_id.clone().into(),
@@ -234,14 +236,23 @@ impl Joiner {
         let answer = EnrollmentClient::new(connected.channel).enroll(request).await;
         failpoint::ENROLL_AFTER_SEND.crash();
         match answer {
-            Ok(answer) => answer.into_inner().outcome.ok_or_else(|| unclear("the answer is empty")),
+            Ok(answer) => {
+                let outcome = answer.into_inner().outcome.ok_or_else(|| unclear("the answer is empty"))?;
+                Ok((outcome, Der(root.to_vec())))
+            }
             Err(status) => Err(Failure::from_status(&status)),
         }
     }
 
     /// Believes an answer only as far as it proves itself.
-    fn accept(&self, enrollment: &Enrollment, answer: pb::NodeIdentity) -> Result<Identity, Failure> {
+    fn accept(
+        &self,
+        enrollment: &Enrollment,
+        answer: pb::NodeIdentity,
+        root: Der,
+    ) -> Result<Identity, Failure> {
         self.clock.learn(answer.controller_time);
+        let bundle = answer.trust.clone();
         let identity = Identity::from_answer(
             answer,
             enrollment.root_pin,
@@ -249,6 +260,7 @@ impl Joiner {
             vec![enrollment.wireguard_key.clone()],
         )
         .ok_or_else(|| unclear("a field is missing"))?;
+        let identity = take_bundle(identity, &[root], bundle.as_ref(), self.clock.now())?;
         if identity.trust_domain != enrollment.trust_domain || identity.name != enrollment.name {
             return Err(unclear("it is for another name"));
         }
@@ -281,6 +293,9 @@ impl Identity {
             ipv6_prefix: answer.ipv6_prefix.parse().ok()?,
             controllers: answer.controllers,
             root_pin,
+            lineage: Vec::new(),
+            bundle: 0,
+            active_issuer: Vec::new(),
             leaf: Der(answer.leaf.to_vec()),
             issuers: ders(answer.issuers),
             roots: ders(answer.roots),
@@ -291,19 +306,23 @@ impl Identity {
     }
 }
 
+/// An answered identity with the bundle that came with it, as far as `trusted` roots lead there. An older controller
+/// sends none; then the roots of the answer count as far as they have the pinned key.
+pub(crate) fn take_bundle(
+    identity: Identity,
+    trusted: &[Der],
+    bundle: Option<&pb::TrustBundle>,
+    now: time::UtcDateTime,
+) -> Result<Identity, Failure> {
+    let Some(bundle) = bundle else { return Ok(identity) };
+    pki::with_bundle(&identity, trusted, bundle, now).map_err(|error| unclear(&mesh_runtime::chain(&error)))
+}
+
 /// That the identity's chain leads to the pinned root, and says what the answer says beside it.
 pub(crate) fn check_identity(identity: &Identity, clock: &ControllerClock) -> Result<(), Failure> {
     let key = leaf_key(&identity.tls_key)?;
-    let verified = pki::judge_own(
-        &identity.trust_domain,
-        &identity.roots,
-        &identity.root_pin,
-        &identity.issuers,
-        &identity.leaf.0,
-        &key,
-        clock.now(),
-    )
-    .map_err(|error| unclear(&mesh_runtime::chain(&error)))?;
+    let verified = pki::judge_own(identity, &identity.issuers, &identity.leaf.0, &key, clock.now())
+        .map_err(|error| unclear(&mesh_runtime::chain(&error)))?;
     match agrees_with_leaf(identity, &verified)? {
         true => Ok(()),
         false => Err(unclear("the certificate says something else")),

@@ -8,6 +8,8 @@ pub(crate) const PEERS_PER_MAP_MAX: usize = 20_000;
 pub(crate) const CERTIFICATE_BYTES_MAX: usize = 16 * 1024;
 /// Issuing CAs in one map.
 pub(crate) const ISSUERS_MAX: usize = 16;
+/// Roots in one bundle.
+pub(crate) const ROOTS_MAX: usize = 16;
 /// One CRL, DER bytes.
 pub(crate) const CRL_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// CRLs (issuer and shard) that are kept.

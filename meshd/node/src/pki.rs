@@ -12,7 +12,7 @@ use mesh_proto::v1 as pb;
 use rustls_pki_types::CertificateDer;
 use time::UtcDateTime;
 
-use crate::limits::{CERTIFICATE_BYTES_MAX, CRL_BYTES_MAX, CRLS_MAX, ISSUERS_MAX};
+use crate::limits::{CERTIFICATE_BYTES_MAX, CRL_BYTES_MAX, CRLS_MAX, ISSUERS_MAX, ROOTS_MAX};
 use crate::state::{Der, Identity};
 
 /// What a valid chain says about a node. The only source of a peer's name, addresses and keys.
@@ -84,7 +84,7 @@ impl Trust {
     /// # Errors
     /// [`TrustError::Pin`] if none has it: the file was changed by somebody else.
     pub(crate) fn of(identity: &Identity) -> Result<Self, TrustError> {
-        let anchors = anchors(&identity.trust_domain, &identity.roots, &identity.root_pin)?;
+        let anchors = anchors_of(identity)?;
         let issuers = identity.issuers.iter().map(|der| CertificateDer::from(der.0.clone())).collect();
         Ok(Self { anchors: Arc::new(anchors), issuers, crls: BTreeMap::new(), revocation: None })
     }
@@ -208,15 +208,13 @@ impl Trust {
 
 /// Judges what the controller issued to this node itself: chain to the pinned root, the profile asked for, our key.
 pub(crate) fn judge_own(
-    trust_domain: &str,
-    roots: &[Der],
-    pin: &[u8; 32],
+    identity: &Identity,
     issuers: &[Der],
     leaf: &[u8],
     key: &LeafKey,
     now: UtcDateTime,
 ) -> Result<VerifiedLeaf, TrustError> {
-    let anchors = anchors(trust_domain, roots, pin)?;
+    let anchors = anchors_of(identity)?;
     let issuers: Vec<_> = issuers.iter().map(|der| CertificateDer::from(der.0.as_slice())).collect();
     let verified =
         verify_chain(leaf, &issuers, &anchors, now, Usage::Any, None).map_err(TrustError::Chain)?;
@@ -228,7 +226,7 @@ pub(crate) fn judge_own(
 
 /// The end and begin of our own leaf, also when it has expired.
 pub(crate) fn read_own(identity: &Identity) -> Result<VerifiedLeaf, TrustError> {
-    let anchors = anchors(&identity.trust_domain, &identity.roots, &identity.root_pin)?;
+    let anchors = anchors_of(identity)?;
     let issuers: Vec<_> = identity.issuers.iter().map(|der| CertificateDer::from(der.0.as_slice())).collect();
     // The far future: the chain is then judged at the leaf's own end.
     let at = UtcDateTime::MAX;
@@ -266,18 +264,149 @@ pub(crate) fn node_leaf(verified: &VerifiedLeaf) -> Result<NodeLeaf, TrustError>
     })
 }
 
-fn anchors(domain: &str, roots: &[Der], pin: &[u8; 32]) -> Result<TrustAnchors, TrustError> {
-    let domain = TrustDomain::parse(domain).map_err(|_| TrustError::Domain(domain.to_owned()))?;
-    // A root that is not the pinned one is believed only once a rotation is vouched for, which the first form has not.
-    let pinned: Vec<&Der> = roots
-        .iter()
-        .filter(|root| {
-            TrustAnchors::new(domain.clone(), [&root.0])
-                .is_ok_and(|anchors| anchors.root_key_hashes().any(|hash| hash == *pin))
-        })
-        .collect();
+/// The roots of an identity: those with the pinned key, and those that the signed history leads to from there.
+fn anchors_of(identity: &Identity) -> Result<TrustAnchors, TrustError> {
+    let name = &identity.trust_domain;
+    let domain = TrustDomain::parse(name).map_err(|_| TrustError::Domain(name.clone()))?;
+    let roots: Vec<&[u8]> = identity.roots.iter().map(|root| root.0.as_slice()).collect();
+    let pinned: Vec<&[u8]> =
+        roots.iter().copied().filter(|root| key_hash_of(&domain, root) == Some(identity.root_pin)).collect();
     if pinned.is_empty() {
         return Err(TrustError::Pin);
     }
-    TrustAnchors::new(domain, pinned.iter().map(|root| &root.0)).map_err(TrustError::Chain)
+    let lineage: Vec<&[u8]> = identity.lineage.iter().map(|link| link.0.as_slice()).collect();
+    let believed = mesh_ca::vouched_roots(&pinned, &roots, &lineage, None);
+    TrustAnchors::new(domain, believed).map_err(TrustError::Chain)
+}
+
+/// SHA-256 of a self-signed root's key.
+fn key_hash_of(domain: &TrustDomain, root: &[u8]) -> Option<[u8; 32]> {
+    TrustAnchors::new(domain.clone(), [root]).ok()?.root_key_hashes().next()
+}
+
+/// Whether `pin` is the key of a root of `identity`.
+pub(crate) fn has_root(identity: &Identity, pin: &[u8; 32]) -> bool {
+    identity.root_pin == *pin
+        || anchors_of(identity).is_ok_and(|anchors| anchors.root_key_hashes().any(|h| h == *pin))
+}
+
+/// `identity` with what the controller says is to be trusted now. A root counts only if a root in `trusted` leads to
+/// it; the pin moves when its root has gone. A bundle with a root that was left out is not taken up: its version is not
+/// noted, so that nobody counts on this node.
+///
+/// # Errors
+/// [`TrustError::Pin`] if no root of the bundle can be reached: nothing is believed then.
+pub(crate) fn with_bundle(
+    identity: &Identity,
+    trusted: &[Der],
+    bundle: &pb::TrustBundle,
+    now: UtcDateTime,
+) -> Result<Identity, TrustError> {
+    if bundle.issuers.len() > ISSUERS_MAX || bundle.roots.len() > ROOTS_MAX {
+        return Err(TrustError::TooManyIssuers(bundle.issuers.len().max(bundle.roots.len())));
+    }
+    let all = bundle.roots.iter().chain(&bundle.issuers).chain(&bundle.lineage);
+    if let Some(large) = all.into_iter().find(|der| der.len() > CERTIFICATE_BYTES_MAX) {
+        return Err(TrustError::TooLarge(large.len()));
+    }
+    let name = &identity.trust_domain;
+    let domain = TrustDomain::parse(name).map_err(|_| TrustError::Domain(name.clone()))?;
+    let slices = |list: &'_ [bytes::Bytes]| -> Vec<Vec<u8>> { list.iter().map(|der| der.to_vec()).collect() };
+    let (roots, lineage) = (slices(&bundle.roots), slices(&bundle.lineage));
+    let roots: Vec<&[u8]> = roots.iter().map(Vec::as_slice).collect();
+    let lineage: Vec<&[u8]> = lineage.iter().map(Vec::as_slice).take(mesh_ca::LINEAGE_MAX).collect();
+    let trusted: Vec<&[u8]> = trusted.iter().map(|root| root.0.as_slice()).collect();
+    let believed = mesh_ca::vouched_roots(&trusted, &roots, &lineage, Some(now));
+    let hashes: Vec<[u8; 32]> = believed.iter().filter_map(|root| key_hash_of(&domain, root)).collect();
+    let root_pin = match hashes.contains(&identity.root_pin) {
+        true => identity.root_pin,
+        // The controller names the root that signs now first.
+        false => *hashes.first().ok_or(TrustError::Pin)?,
+    };
+    // Our own issuer leads: it goes with our certificate.
+    let mut issuers: Vec<Der> = bundle.issuers.iter().map(|der| Der(der.to_vec())).collect();
+    issuers.sort_by_key(|issuer| !mesh_ca::is_signed_by(&identity.leaf.0, &issuer.0));
+    Ok(Identity {
+        root_pin,
+        roots: believed.iter().map(|root| Der(root.to_vec())).collect(),
+        issuers,
+        lineage: lineage.iter().map(|link| Der(link.to_vec())).collect(),
+        bundle: if believed.len() == roots.len() { bundle.version } else { identity.bundle },
+        active_issuer: bundle.issuer_key_id.to_vec(),
+        ..identity.clone()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestMesh;
+
+    fn mesh() -> TestMesh {
+        TestMesh::new(UtcDateTime::from_unix_timestamp(1_800_000_000).unwrap())
+    }
+
+    /// As the state folder keeps it.
+    fn stored(identity: &Identity) -> Identity {
+        serde_json::from_slice(&serde_json::to_vec(identity).unwrap()).unwrap()
+    }
+
+    fn pins(identity: &Identity) -> Vec<[u8; 32]> {
+        anchors_of(identity).unwrap().root_key_hashes().collect()
+    }
+
+    #[test]
+    fn the_pin_moves_along_the_signed_history_and_only_when_its_root_has_gone() {
+        let mesh = mesh();
+        let (next, [overlap, alone]) = mesh.successor();
+        let before = mesh.node(1, "alpha");
+        let both = stored(&with_bundle(&before, &before.roots, &overlap, mesh.now).unwrap());
+        assert_eq!((both.root_pin, pins(&both).len(), both.bundle), (before.root_pin, 2, 2));
+        assert_eq!(both.issuers[0], before.issuers[0], "our own issuer leads");
+        assert!(has_root(&both, &next.node(1, "alpha").root_pin), "a token may pin either");
+        let after = stored(&with_bundle(&both, &both.roots, &alone, mesh.now).unwrap());
+        assert_eq!(after.root_pin, next.node(1, "alpha").root_pin);
+        assert_eq!(pins(&after), [after.root_pin]);
+        // Whoever slept through all of it gets there in one step.
+        let slept = with_bundle(&before, &before.roots, &alone, mesh.now).unwrap();
+        assert_eq!(slept.root_pin, after.root_pin);
+    }
+
+    #[test]
+    fn a_root_that_no_pinned_root_leads_to_is_not_believed_whoever_says_so() {
+        let mesh = mesh();
+        let (_, [overlap, alone]) = mesh.successor();
+        let own = mesh.node(1, "alpha");
+        let refused = |bundle: &pb::TrustBundle| with_bundle(&own, &own.roots, bundle, mesh.now).map(drop);
+        let unvouched = pb::TrustBundle { lineage: Vec::new(), ..alone.clone() };
+        assert_eq!(refused(&unvouched), Err(TrustError::Pin));
+        let (_, [foreign, _]) = self::mesh().successor();
+        let by_others = pb::TrustBundle { lineage: foreign.lineage, ..alone.clone() };
+        assert_eq!(refused(&by_others), Err(TrustError::Pin));
+        assert_eq!(refused(&pb::TrustBundle { roots: Vec::new(), ..alone.clone() }), Err(TrustError::Pin));
+        let late = mesh.now + mesh_ca::ROOT_LIFETIME + std::time::Duration::from_secs(86_400);
+        assert_eq!(with_bundle(&own, &own.roots, &alone, late).map(drop), Err(TrustError::Pin));
+        // Beside a good one it is left out.
+        let unvouched = pb::TrustBundle { lineage: Vec::new(), ..overlap.clone() };
+        let taken = with_bundle(&own, &own.roots, &unvouched, mesh.now).unwrap();
+        assert_eq!(pins(&taken), [own.root_pin]);
+        assert_eq!(taken.bundle, own.bundle, "what was left out is not acknowledged");
+        let many =
+            pb::TrustBundle { roots: vec![overlap.roots[0].clone(); ROOTS_MAX + 1], ..overlap.clone() };
+        assert!(matches!(refused(&many), Err(TrustError::TooManyIssuers(_))));
+        let large = pb::TrustBundle { roots: vec![vec![0x30; CERTIFICATE_BYTES_MAX + 1].into()], ..overlap };
+        assert!(matches!(refused(&large), Err(TrustError::TooLarge(_))));
+    }
+
+    #[test]
+    fn a_stored_root_without_its_history_is_not_believed() {
+        let mesh = mesh();
+        let (next, [overlap, _]) = mesh.successor();
+        let own = mesh.node(1, "alpha");
+        let both = with_bundle(&own, &own.roots, &overlap, mesh.now).unwrap();
+        let tampered = Identity { lineage: Vec::new(), ..both };
+        assert_eq!(pins(&tampered), [own.root_pin]);
+        let swapped = Identity { roots: next.node(1, "alpha").roots, ..tampered };
+        assert_eq!(anchors_of(&swapped).map(drop), Err(TrustError::Pin));
+    }
 }

@@ -50,7 +50,7 @@ impl Running {
             active: identities.active(),
         };
         let (network, worker) = Worker::start(setup).await?;
-        let (pairs, pairs_inbox) = certs::wire();
+        let (pairs, pairs_inbox, settled) = certs::wire();
         let (uplink, uplink_task) = Uplink::new(
             node.state.clone(),
             node.clock.clone(),
@@ -70,6 +70,7 @@ impl Running {
             uplink: uplink.clone(),
             certs_dir: config.certs_dir.clone(),
             inbox: pairs_inbox,
+            settled,
         };
         let underlay = Underlay::new(
             (worker.tunnel(), worker.shares_port()),

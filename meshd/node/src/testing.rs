@@ -55,6 +55,33 @@ impl TestMesh {
         Self { store, root, issuing, root_pin, now }
     }
 
+    /// A mesh whose root follows this one's, and what nodes are told: both roots, then the new one alone.
+    pub(crate) fn successor(&self) -> (Self, [pb::TrustBundle; 2]) {
+        let next = Self::new(self.now);
+        let (old, new) = (self.root.certificate_der(), next.root.certificate_der());
+        let vouched = |signer: &Self, root: &[u8]| {
+            let made = mesh_ca::vouch_for_root(&signer.root, &signer.store, root, self.now, &mut random);
+            bytes::Bytes::from(made.unwrap().der)
+        };
+        let der = |der: &[u8]| bytes::Bytes::from(der.to_vec());
+        let (first, second) = (der(self.issuing.certificate_der()), der(next.issuing.certificate_der()));
+        let overlap = pb::TrustBundle {
+            version: 2,
+            roots: vec![der(old), der(new)],
+            issuers: vec![first, second.clone()],
+            lineage: vec![vouched(self, new)],
+            issuer_key_id: der(self.issuing.key_identifier().as_bytes()),
+        };
+        let alone = pb::TrustBundle {
+            version: 3,
+            roots: vec![der(new)],
+            issuers: vec![second],
+            issuer_key_id: der(next.issuing.key_identifier().as_bytes()),
+            ..overlap.clone()
+        };
+        (next, [overlap, alone])
+    }
+
     /// The identity of node `id`, with new keys.
     pub(crate) fn node(&self, id: u32, name: &str) -> Identity {
         self.node_at(id, name, address(id), ipv6(id))
@@ -82,6 +109,9 @@ impl TestMesh {
             ipv6_prefix: PREFIX.parse().unwrap(),
             controllers: vec!["127.0.0.1:1".into()],
             root_pin: self.root_pin,
+            lineage: Vec::new(),
+            bundle: 0,
+            active_issuer: Vec::new(),
             leaf: Der(leaf),
             issuers: vec![Der(self.issuing.certificate_der().to_vec())],
             roots: vec![Der(self.root.certificate_der().to_vec())],

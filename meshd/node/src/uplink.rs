@@ -247,6 +247,8 @@ impl Uplink {
         if !seen.borrow().is_empty() {
             seen.mark_changed();
         }
+        let mut settled = self.pairs.settled.clone();
+        settled.mark_unchanged();
         loop {
             tokio::select! {
                 message = incoming.message() => {
@@ -285,6 +287,14 @@ impl Uplink {
                     }
                     self.acknowledge(&outgoing).await?;
                 }
+                changed = settled.changed(), if *served => {
+                    // The services have followed the authorities.
+                    if changed.is_err() {
+                        return Err(closed("the pairs' task has stopped").into());
+                    }
+                    settled.borrow_and_update();
+                    self.acknowledge(&outgoing).await?;
+                }
                 changed = endpoints.changed() => {
                     if changed.is_err() {
                         return Err(closed("the network has stopped").into());
@@ -311,7 +321,15 @@ impl Uplink {
         let (update, published) = match message.response {
             Some(Response::Full(full)) => {
                 let crls = full.crls.clone();
-                (Update::Full(full), crls)
+                // On disk before it is in effect: a crash in between starts with what was told.
+                match full.trust.as_ref().map(|bundle| self.identities.take_bundle(bundle)).transpose() {
+                    Ok(_) => self.findings.clear("roots"),
+                    Err(failure) => {
+                        self.findings.raise_failure("roots", "the controller's roots", &failure);
+                        return Err(failure.into());
+                    }
+                }
+                (Update::Full(full, self.identities.active()), crls)
             }
             Some(Response::Delta(delta)) => {
                 let crls = delta.crls.clone();
@@ -349,8 +367,22 @@ impl Uplink {
     /// Says what is in effect and on disk, and nothing else.
     async fn acknowledge(&mut self, outgoing: &mpsc::Sender<pb::SyncRequest>) -> Result<(), End> {
         let Receipt { seq, crls } = self.network.receipt.borrow_and_update().clone();
-        let ack = pb::sync_request::Ack { seq, crls, findings: self.findings.lines() };
+        let trust = self.trust_taken_up(&crls);
+        let ack = pb::sync_request::Ack { seq, crls, findings: self.findings.lines(), trust };
         send(outgoing, pb::sync_request::Request::Ack(ack)).await
+    }
+
+    /// The bundle that is in effect everywhere on this node: on disk, with a CRL of each CA, in all folders, and
+    /// with nothing left that another CA signed. 0 if some of it is missing.
+    fn trust_taken_up(&self, crls: &[pb::CrlHave]) -> u64 {
+        let active = self.identities.active();
+        let identity = &active.identity;
+        let covered = identity.roots.iter().chain(&identity.issuers).all(|ca| {
+            mesh_ca::ca_key_identifier(&ca.0)
+                .is_some_and(|id| crls.iter().any(|crl| crl.issuer_key_id == id.as_bytes()))
+        });
+        let settled = *self.pairs.settled.borrow() == identity.bundle;
+        if covered && settled && !active.is_of_retiring_issuer() { identity.bundle } else { 0 }
     }
 
     async fn hello(&mut self) -> Result<pb::sync_request::Hello, End> {
@@ -363,6 +395,7 @@ impl Uplink {
             backend: knowledge.backend,
             wireguard_port: u32::from(knowledge.wireguard_port),
             node_time: self.clock.own().utc_now().unix_timestamp(),
+            trust: self.trust_taken_up(&receipt.crls),
             crls: receipt.crls,
         })
     }

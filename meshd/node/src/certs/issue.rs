@@ -80,7 +80,7 @@ pub(super) async fn ask(
     let ders = |list: &[bytes::Bytes]| -> Vec<Der> {
         list.iter().take(ISSUERS_MAX).map(|der| Der(der.to_vec())).collect()
     };
-    let (issuers, roots) = (ders(&answer.issuers), ders(&answer.roots));
+    let issuers = ders(&answer.issuers);
     let unclear = |why: String| {
         Failure::new(
             ErrorCode::CertificateInvalid,
@@ -88,16 +88,8 @@ pub(super) async fn ask(
             "look at the controller's log",
         )
     };
-    let verified = pki::judge_own(
-        &identity.trust_domain,
-        &roots,
-        &identity.root_pin,
-        &issuers,
-        &answer.leaf,
-        &leaf_key(&request.key)?,
-        clock.now(),
-    )
-    .map_err(|error| unclear(mesh_runtime::chain(&error)))?;
+    let verified = pki::judge_own(identity, &issuers, &answer.leaf, &leaf_key(&request.key)?, clock.now())
+        .map_err(|error| unclear(mesh_runtime::chain(&error)))?;
     let names: BTreeSet<String> = verified
         .dns
         .iter()
@@ -112,7 +104,6 @@ pub(super) async fn ask(
         key: request.key.clone(),
         leaf: Der(answer.leaf.to_vec()),
         issuers,
-        roots,
         serial: verified.serial.as_bytes().to_vec(),
         not_before: verified.not_before.unix_timestamp(),
         not_after: verified.not_after.unix_timestamp(),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mesh_proto::v1 as pb;
 use mesh_proto::v1::ErrorCode;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -26,7 +26,7 @@ use crate::hostop::{Host, HostError};
 use crate::identity::Identities;
 use crate::limits::{PAIRS_MAX, RETRY_FIRST};
 use crate::network::NetworkHandle;
-use crate::state::StateDir;
+use crate::state::{Der, StateDir};
 use crate::uplink::UplinkHandle;
 
 /// Clocks, declarations and retries are looked at this often.
@@ -53,6 +53,8 @@ pub(crate) struct Manager {
     pub(crate) uplink: UplinkHandle,
     pub(crate) certs_dir: PathBuf,
     pub(crate) inbox: mpsc::Receiver<Command>,
+    /// The bundle that all services have, and under whose issuer all have renewed; 0 if not all.
+    pub(crate) settled: watch::Sender<u64>,
 }
 
 impl Manager {
@@ -77,6 +79,8 @@ impl Manager {
             live,
             jobs: JoinSet::new(),
             crls: Arc::default(),
+            roots: Vec::new(),
+            bundle: 0,
             terms: Terms::default(),
         };
         task.run().await;
@@ -90,6 +94,9 @@ struct Task {
     jobs: JoinSet<Done>,
     /// The CRLs that stand in the folders.
     crls: Arc<Vec<pb::Crl>>,
+    /// The roots that stand in the folders, and the version of the bundle they come from.
+    roots: Vec<Der>,
+    bundle: u64,
     /// What the controller last said about policy and us.
     terms: Terms,
 }
@@ -108,9 +115,11 @@ impl Task {
         let mut channel = self.parts.uplink.channel.clone();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut identity = self.parts.identities.subscribe();
         self.write_crls().await;
         loop {
             self.advance_all().await;
+            self.tell_settled();
             let wake = self.wake();
             tokio::select! {
                 command = self.parts.inbox.recv() => match command {
@@ -125,6 +134,11 @@ impl Task {
                     if changed.is_err() { return }
                     let own = own.borrow_and_update().clone();
                     self.take_own(&own);
+                }
+                changed = identity.changed() => {
+                    if changed.is_err() { return }
+                    identity.borrow_and_update();
+                    self.write_crls().await;
                 }
                 changed = crls.changed() => {
                     if changed.is_err() { return }
@@ -153,6 +167,8 @@ impl Task {
             }
             Command::WriteCrls(reply) => {
                 self.write_crls().await;
+                // Whoever asked looks at once whether all services have it: hooks are due now.
+                self.tell_settled();
                 let _ = reply.send(());
             }
             Command::Forget(reply) => {
@@ -162,6 +178,26 @@ impl Task {
                 let _ = reply.send(());
             }
         }
+    }
+
+    /// Says when every service has what the bundle asks for. A pair whose hook fails is not there yet; one that
+    /// was stopped or never issued uses nothing.
+    fn tell_settled(&self) {
+        let active = self.parts.identities.active();
+        let (issuer, now) = (&active.identity.active_issuer, self.parts.clock.now());
+        let busy = self.records.iter().any(|(name, record)| {
+            let live = self.live.get(name);
+            let unsettled = live.is_some_and(|live| {
+                live.issuing || live.hook_running || live.hook_due.is_some() || !live.problem.is_empty()
+            });
+            let used = record.published.as_ref().or(record.candidate.as_ref());
+            let behind =
+                used.is_some_and(|material| material.is_of_other(issuer) && !material.has_expired(now));
+            !record.stopped && (unsettled || behind || record.candidate.is_some())
+        });
+        let current = self.bundle == active.identity.bundle && self.roots == active.identity.roots;
+        let settled = if busy || !current { 0 } else { self.bundle };
+        self.parts.settled.send_if_modified(|before| std::mem::replace(before, settled) != settled);
     }
 
     fn list(&self) -> Vec<pb::ManagedPair> {
@@ -345,7 +381,11 @@ impl Task {
             self.run_hook(name).await;
             return;
         }
-        let due = record.newest().is_none_or(|material| controller_now >= material.renews_at());
+        // A CA that no longer issues is about to go.
+        let issuer = self.parts.identities.active().identity.active_issuer.clone();
+        let due = record
+            .newest()
+            .is_none_or(|material| controller_now >= material.renews_at() || material.is_of_other(&issuer));
         let may = !record.stopped && live.refused.is_none();
         let wanted = record.request.is_some() || live.forced || (due && may);
         if !wanted || live.ask_after.is_some_and(|after| after > now) {

@@ -8,7 +8,7 @@ mod manager;
 mod record;
 
 use mesh_proto::v1 as pb;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::failure::Failure;
 use crate::limits::COMMAND_QUEUE;
@@ -38,12 +38,17 @@ pub(crate) type Answer = oneshot::Sender<Result<pb::ManagedPair, Failure>>;
 
 /// The pairs as other tasks see them. Clones speak to the same task.
 #[derive(Debug, Clone)]
-pub(crate) struct PairsHandle(mpsc::Sender<Command>);
+pub(crate) struct PairsHandle {
+    commands: mpsc::Sender<Command>,
+    /// The bundle that all services have; 0 while some have not.
+    pub(crate) settled: watch::Receiver<u64>,
+}
 
-/// A handle and the inbox that belongs to it.
-pub(crate) fn wire() -> (PairsHandle, mpsc::Receiver<Command>) {
+/// A handle and the ends that belong to it.
+pub(crate) fn wire() -> (PairsHandle, mpsc::Receiver<Command>, watch::Sender<u64>) {
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
-    (PairsHandle(commands), inbox)
+    let (settled, told) = watch::channel(0);
+    (PairsHandle { commands, settled: told }, inbox, settled)
 }
 
 impl PairsHandle {
@@ -72,7 +77,7 @@ impl PairsHandle {
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Gone> {
         let (reply, answer) = oneshot::channel();
-        self.0.send(command(reply)).await.map_err(|_| Gone)?;
+        self.commands.send(command(reply)).await.map_err(|_| Gone)?;
         answer.await.map_err(|_| Gone)
     }
 }

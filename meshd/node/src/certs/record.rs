@@ -40,7 +40,6 @@ pub(super) struct Material {
     pub(super) key: Secret,
     pub(super) leaf: Der,
     pub(super) issuers: Vec<Der>,
-    pub(super) roots: Vec<Der>,
     #[serde(with = "hex")]
     pub(super) serial: Vec<u8>,
     /// UTC seconds.
@@ -129,8 +128,19 @@ impl Material {
         self.staples && old
     }
 
-    /// What stands in the pair's folder.
-    pub(super) fn files(&self, definition: &Definition, crls: &[pb::Crl]) -> Result<PairFiles, Failure> {
+    /// Whether a CA other than `issuer` (its key identifier) signed it; never if `issuer` is empty.
+    pub(super) fn is_of_other(&self, issuer: &[u8]) -> bool {
+        let own = self.issuers.first().and_then(|der| mesh_ca::ca_key_identifier(&der.0));
+        !issuer.is_empty() && own.is_some_and(|own| own.as_bytes() != issuer)
+    }
+
+    /// What stands in the pair's folder. The roots are those that this node trusts now: two while one takes the other's place.
+    pub(super) fn files(
+        &self,
+        definition: &Definition,
+        crls: &[pb::Crl],
+        roots: &[Der],
+    ) -> Result<PairFiles, Failure> {
         let chain = || std::iter::once(&self.leaf).chain(self.issuers.first()).map(|der| &der.0);
         let key = leaf_key(&self.key)?;
         let p12 = definition.p12_passphrase_file.as_ref().map(|passphrase_file| KeyStoreOrder {
@@ -144,7 +154,7 @@ impl Material {
             cert: mesh_ca::bundle::encode_certificates(chain()),
             combined: definition.combined,
             p12,
-            ca: mesh_ca::bundle::encode_certificates(self.roots.iter().map(|der| &der.0)),
+            ca: mesh_ca::bundle::encode_certificates(roots.iter().map(|der| &der.0)),
             crl: mesh_ca::bundle::encode_crls(crls.iter().map(|crl| &crl.der)),
             ocsp: self.staple.as_ref().map(|staple| staple.der.0.clone()),
         })

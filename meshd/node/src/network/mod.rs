@@ -57,7 +57,8 @@ pub(crate) enum Command {
 
 /// A map as the controller sends it.
 pub(crate) enum Update {
-    Full(pb::Full),
+    /// With the identity that holds the roots it came with.
+    Full(pb::Full, Arc<Active>),
     Delta(pb::Delta),
 }
 

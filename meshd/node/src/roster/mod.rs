@@ -218,6 +218,8 @@ impl Roster {
             issuers: self.issuers.clone(),
             peers: self.records.values().map(pb::Peer::to_entry).collect(),
             crls,
+            // What is trusted stands with the identity.
+            trust: None,
         }
     }
 

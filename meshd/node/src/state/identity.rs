@@ -49,9 +49,19 @@ pub(crate) struct Identity {
     pub(crate) ipv4_pool: Ipv4Net,
     pub(crate) ipv6_prefix: Ipv6Net,
     pub(crate) controllers: Vec<String>,
-    /// SHA-256 of the root's SubjectPublicKeyInfo, from the join token.
+    /// SHA-256 of the root's SubjectPublicKeyInfo: from the join token, and moved along the signed history of
+    /// roots when that root has gone.
     #[serde(with = "hex")]
     pub(crate) root_pin: [u8; 32],
+    /// Certificates of roots, signed by roots before them.
+    #[serde(default)]
+    pub(crate) lineage: Vec<Der>,
+    /// Version of the bundle that `roots` and `issuers` come from; 0 if the controller never said.
+    #[serde(default)]
+    pub(crate) bundle: u64,
+    /// Key identifier of the CA that issues now; empty if the controller never said.
+    #[serde(default, with = "hex")]
+    pub(crate) active_issuer: Vec<u8>,
     pub(crate) leaf: Der,
     /// The leaf's own issuer first.
     pub(crate) issuers: Vec<Der>,

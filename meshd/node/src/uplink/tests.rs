@@ -46,7 +46,7 @@ impl Fixture {
         let (network, worker) = Worker::start(setup).await.unwrap();
         tokio::spawn(worker.run());
         network.take_crls(mesh.crls(1, &[])).await.unwrap();
-        let (pairs, _inbox) = crate::certs::wire();
+        let (pairs, _inbox, _settled) = crate::certs::wire();
         let (_, uplink) =
             Uplink::new(state, clock, findings, identities, network, pairs, (host, changes.network));
         let (outgoing, told) = mpsc::channel(16);

@@ -110,13 +110,16 @@ impl Task {
         self.save();
     }
 
-    /// Rewrites `crl.pem` everywhere if the CRLs have changed, and lets the hooks know.
+    /// Rewrites `crl.pem` and `ca.pem` everywhere if CRLs or roots have changed, and lets the hooks know.
     pub(super) async fn write_crls(&mut self) {
         let crls = self.parts.network.crls.borrow().clone();
-        if *crls == *self.crls {
+        let active = self.parts.identities.active();
+        self.bundle = active.identity.bundle;
+        if *crls == *self.crls && active.identity.roots == self.roots {
             return;
         }
         self.crls = crls;
+        self.roots.clone_from(&active.identity.roots);
         let names: Vec<String> = self.records.keys().cloned().collect();
         for name in names {
             self.rewrite(&name).await;
@@ -200,7 +203,7 @@ impl Task {
 
     /// Writes one version of the folder.
     pub(super) async fn write(&self, definition: &Definition, material: &Material) -> Result<(), Failure> {
-        let files = material.files(definition, &self.crls)?;
+        let files = material.files(definition, &self.crls, &self.roots)?;
         let access = definition.access()?;
         let version = PairVersion {
             folder: definition.out.clone(),

@@ -58,6 +58,7 @@ impl Fixture {
             uplink: crate::uplink::detached(),
             certs_dir: folder.path().join("certs.d"),
             inbox: mpsc::channel(1).1,
+            settled: tokio::sync::watch::Sender::new(0),
         };
         let mut record = Record::new(definition.clone());
         record.published = Some(material(&mesh, &identity));
@@ -68,6 +69,8 @@ impl Fixture {
             live: [(NAME.to_owned(), Live::default())].into(),
             jobs: JoinSet::new(),
             crls: Arc::new(mesh.crls(1, &[])),
+            roots: identity.roots.clone(),
+            bundle: 0,
             terms: Terms::default(),
         };
         let published = task.records[NAME].published.clone().unwrap();
@@ -102,7 +105,6 @@ fn material(mesh: &TestMesh, identity: &Identity) -> Material {
         key: Secret::new(key.to_pkcs8_der().to_vec()),
         leaf: Der(leaf),
         issuers: identity.issuers.clone(),
-        roots: identity.roots.clone(),
         serial: read.serial.as_bytes().to_vec(),
         not_before: read.not_before.unix_timestamp(),
         not_after: read.not_after.unix_timestamp(),

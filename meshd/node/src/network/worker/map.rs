@@ -7,17 +7,20 @@ use mesh_proto::v1 as pb;
 use super::Worker;
 use crate::failpoint;
 use crate::findings::Severity;
+use crate::identity::Active;
 use crate::network::{Belief, Receipt, Update};
+use crate::pki::Trust;
 use crate::roster::RosterError;
 
 impl Worker {
     pub(super) async fn apply(&mut self, update: Update) -> Result<(), RosterError> {
         let applied = match update {
-            Update::Full(full) => {
+            Update::Full(full, active) => {
                 // A whole map names everybody: whoever is not in it is gone, and so are its endpoints.
                 let applied = self.roster.apply_full(full, &self.trust);
                 if applied.is_ok() {
                     self.told.retain(|id, _| self.roster.has(*id));
+                    self.follow_roots(&active);
                 }
                 applied
             }
@@ -51,6 +54,40 @@ impl Worker {
             changed
         });
         Ok(())
+    }
+
+    /// Trusts what the identity's bundle says, from the same moment on as the map that came with it: who was signed by
+    /// a CA that has gone, and the CA itself, change together.
+    fn follow_roots(&mut self, active: &Active) {
+        let mut trust = match Trust::of(&active.identity) {
+            Ok(trust) => trust,
+            Err(error) => {
+                let failure = crate::failure::Failure::new(
+                    mesh_proto::v1::ErrorCode::StateCorrupt,
+                    mesh_runtime::chain(&error),
+                    "look at the controller's roots; the ones before stay in effect",
+                );
+                return self.findings.raise_failure("roots", "the pinned roots", &failure);
+            }
+        };
+        for message in self.trust.crl_messages() {
+            // CRLs of CAs that have gone are left behind.
+            let _ = trust.take_crl(&message);
+        }
+        let before: Vec<[u8; 32]> = self.trust.anchors().root_key_hashes().collect();
+        let now: Vec<[u8; 32]> = trust.anchors().root_key_hashes().collect();
+        let crls_changed = trust.crl_haves() != self.trust.crl_haves();
+        self.trust = trust;
+        self.roster.doubt();
+        if before != now || crls_changed {
+            let belief = Belief { anchors: self.trust.anchors(), revocation: self.trust.revocation() };
+            self.outlets.belief.send_replace(belief);
+        }
+        if crls_changed {
+            let messages = self.trust.crl_messages();
+            self.save_crls(&messages);
+            self.outlets.crls.send_replace(Arc::new(messages));
+        }
     }
 
     pub(super) async fn take_crls(&mut self, crls: &[pb::Crl]) {

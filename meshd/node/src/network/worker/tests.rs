@@ -16,6 +16,7 @@ struct Fixture {
     time: Arc<ManualClock>,
     handle: NetworkHandle,
     worker: Worker,
+    active: Arc<crate::identity::Active>,
 }
 
 impl Fixture {
@@ -44,9 +45,9 @@ impl Fixture {
         let (handle, mut worker) = Worker::start(setup).await.unwrap();
         worker.take_crls(&mesh.crls(1, &[])).await;
         let peers = vec![record(&mesh.node(2, "bravo"))];
-        worker.apply(Update::Full(full(1, peers))).await.unwrap();
+        worker.apply(Update::Full(full(1, peers), identities.active())).await.unwrap();
         assert_eq!(worker.current.len(), 1, "{:?}", worker.findings.list());
-        Self { folder, mesh, time, handle, worker }
+        Self { folder, mesh, time, handle, worker, active: identities.active() }
     }
 
     fn finding(&self, subject: &str) -> Option<String> {
@@ -157,7 +158,7 @@ fn only_what_is_on_disk_is_acknowledged() {
                 std::fs::create_dir(path).unwrap();
             }
             fixture.worker.take_crls(&fixture.mesh.crls(2, &[])).await;
-            fixture.worker.apply(Update::Full(full(2, Vec::new()))).await.unwrap();
+            fixture.worker.apply(Update::Full(full(2, Vec::new()), fixture.active.clone())).await.unwrap();
             assert_eq!(fixture.worker.current.len(), 0, "it took effect all the same");
             assert_eq!((receipt.borrow().seq, numbers()), (1, vec![1, 1]));
             assert_eq!(fixture.worker.knowledge().cursor, None, "a cursor would be taken for a receipt");
