@@ -1,5 +1,7 @@
 //! `meshctl ca`: root, issuing CAs, CRLs.
 
+mod ceremony;
+mod rotate;
 mod trust;
 
 use std::path::PathBuf;
@@ -29,6 +31,13 @@ pub(crate) enum Command {
     /// The root among those that this machine trusts (Debian's ca-certificates)
     #[command(subcommand)]
     Trust(trust::Trust),
+    /// Replace the issuing CA, or the root with it, while everything keeps working
+    #[command(subcommand)]
+    Rotate(rotate::Command),
+    /// Take the root offline: export its key encrypted, and remove it from the controller
+    Seal(ceremony::Seal),
+    /// On the machine with the root's key: sign a new issuing CA
+    SignIssuer(ceremony::SignIssuer),
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,6 +62,9 @@ impl Command {
             Self::Fingerprint => print_fingerprint(app).await?,
             Self::Crl(crl) => crl.run(app).await?,
             Self::Trust(trust) => trust.run(app).await?,
+            Self::Rotate(rotate) => return rotate.run(app).await,
+            Self::Seal(seal) => return seal.run(app).await,
+            Self::SignIssuer(sign) => return sign.run(app),
         }
         Ok(Exit::Done)
     }
@@ -85,11 +97,12 @@ async fn show(app: &App) -> Result<()> {
 }
 
 fn authorities(info: &pb::CaInfo) -> Table {
-    let mut table = Table::new(&["CA", "SUBJECT", "FROM", "UNTIL", "KEY"]);
+    let mut table = Table::new(&["CA", "STATE", "SUBJECT", "FROM", "UNTIL", "KEY"]);
     let kinds = info.roots.iter().map(|ca| ("root", ca)).chain(info.issuers.iter().map(|ca| ("issuing", ca)));
     for (kind, ca) in kinds {
         table.row([
             kind.into(),
+            state(ca),
             ca.subject.clone(),
             date(ca.not_before),
             date(ca.not_after),
@@ -97,6 +110,12 @@ fn authorities(info: &pb::CaInfo) -> Table {
         ]);
     }
     table
+}
+
+/// Where an authority stands; an older controller does not say.
+fn state(ca: &pb::CaCertificate) -> String {
+    let sealed = if ca.sealed { ", key offline" } else { "" };
+    format!("{}{sealed}", safe(&ca.standing))
 }
 
 fn crls(info: &pb::CaInfo, now: i64) -> Table {
@@ -117,7 +136,7 @@ fn document(info: &pb::CaInfo) -> Value {
     let authority = |ca: &pb::CaCertificate| {
         json!({
             "subject": ca.subject, "serial": hex::encode(&ca.serial), "notBefore": rfc3339(ca.not_before),
-            "notAfter": rfc3339(ca.not_after), "spkiSha256": hex::encode(&ca.spki_sha256), "pem": encode_certificates([&ca.der]),
+            "notAfter": rfc3339(ca.not_after), "standing": ca.standing, "keyOffline": ca.sealed, "spkiSha256": hex::encode(&ca.spki_sha256), "pem": encode_certificates([&ca.der]),
         })
     };
     let crl = |crl: &pb::CrlInfo| {

@@ -170,6 +170,8 @@ mod tests {
             cert issue api.mesh.internal --combined --p12 --p12-passphrase-file f
             cert issue --csr - | cert issue --csr f -o json | cert ls --expiring 30d --node web-1 | cert inspect https://h:1 | cert inspect f.pem | ca trust install --root d | ca trust remove | cert ls --name api --issuer 0a --state revoked | doctor --outage 60h | cert show 00ff | cert show f.pem | cert renew api
             cert revoke api --reason superseded --wait=30s | cert verify f.pem
+            ca rotate start --root --auto | ca rotate start --request-out f | ca rotate start --response f --auto | ca rotate status | ca rotate advance | ca rotate abort --yes
+            ca seal --out f --passphrase-file p | ca sign-issuer --root f --passphrase-file - --request r --out a
             ca show | ca root | ca root --out f | ca fingerprint | ca crl | ca crl --der | policy show | policy check f | policy apply f
             status | status --check | status -o wide | ping web-1 | doctor | audit log | audit log --follow --since 24h | audit verify
             operator add alice --role admin | operator ls | operator rm alice | login https://ctl:7443 | login ctl --token-file f

@@ -406,6 +406,41 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "Without an admin only root on the controller could change anything.",
             "Add another admin first.",
         ),
+        ErrorCode::RotationRunning => (
+            "a change of authorities is under way",
+            "One rotation runs at a time, and a root is not taken offline during one. Nothing was changed.",
+            "`meshctl ca rotate status` shows where it stands; `advance` or `abort` end it.",
+        ),
+        ErrorCode::RotationNone => (
+            "no change of authorities is under way",
+            "There is nothing to advance or to take back. An authority that was dropped is trusted by nobody any more and does not return.",
+            "`meshctl ca rotate start` begins a rotation.",
+        ),
+        ErrorCode::RotationWaits => (
+            "the rotation waits for somebody",
+            "A step is taken only when every node with a live identity has taken up what the step before announced, and when no certificate in use would fail after it. Nothing was changed.",
+            "`meshctl ca rotate status` names nodes and certificates. Nodes that are away for longer than 72 h are not waited for; those that are gone for good: `meshctl node revoke`. Certificates that nobody renews: `meshctl cert revoke`, or wait for their end.",
+        ),
+        ErrorCode::RootSealed => (
+            "the root's key is offline",
+            "It was exported and removed from this controller, so the controller cannot sign with it. Nothing was signed.",
+            "`meshctl ca rotate start --request-out FILE`, then `meshctl ca sign-issuer` where the key is, then `meshctl ca rotate start --response FILE`.",
+        ),
+        ErrorCode::RotationRefused => (
+            "this step is refused",
+            "It would leave a certificate that somebody uses without a path to a root that everybody trusts, or does not fit where the rotation stands. Nothing was changed.",
+            "Look at `meshctl ca rotate status`, do what it says, then try again.",
+        ),
+        ErrorCode::CaKeyMismatch => (
+            "a CA key file is not the key it should be",
+            "Its name, its purpose or its public key is another's: files were swapped, or restored from elsewhere. Nothing was signed.",
+            "Put the right file back from a backup. `meshctl ca show` names the keys by fingerprint.",
+        ),
+        ErrorCode::CeremonyMismatch => (
+            "a file of the root's ceremony does not fit",
+            "Request, root and answer carry fingerprints of each other, and one of them is another's, changed, or older than what was taken already. Nothing was signed or changed.",
+            "Compare the fingerprints that each step printed. If in doubt make a new request with `meshctl ca rotate start --request-out FILE`.",
+        ),
         ErrorCode::Internal => (
             "something failed that should not",
             "The error is ours; the daemon's log has the details.",
