@@ -51,6 +51,8 @@ struct Ring {
     /// As World has it: who issues, below which root.
     active: Option<(mesh_core::Authority, mesh_core::Authority)>,
     trusted: Vec<mesh_core::Authority>,
+    /// The bundle that all this is of.
+    version: u64,
     /// SHA-256 of the keys of all authorities there ever were.
     key_hashes: BTreeSet<[u8; 32]>,
 }
@@ -275,8 +277,13 @@ impl Authority {
     /// Takes up who issues now, and forgets keys of authorities that nobody trusts any more.
     pub(crate) fn follow(&self, world: &WorldKeys) {
         let mut ring = self.lock();
+        if world.version < ring.version {
+            // Copied before what is here already.
+            return;
+        }
         ring.active.clone_from(&world.active);
         ring.trusted.clone_from(&world.trusted);
+        ring.version = world.version;
         ring.key_hashes.clone_from(&world.key_hashes);
         ring.signers.retain(|key_id, _| {
             // A key that was just drawn is not in World yet.
@@ -286,6 +293,14 @@ impl Authority {
                 .find(|known| known.key_id == *key_id)
                 .is_none_or(|known| known.standing.is_trusted() && !known.sealed)
         });
+    }
+
+    /// Takes up World's authorities if they have changed: whoever saw a new bundle gets a leaf of its issuer.
+    pub(crate) fn catch_up(&self, directory: &crate::directory::Directory) {
+        let known = self.ring.read().unwrap_or_else(PoisonError::into_inner).version;
+        if directory.read(mesh_core::World::bundle_version) != known {
+            self.follow(&directory.read(WorldKeys::of));
+        }
     }
 
     pub(crate) fn domain(&self) -> &TrustDomain {
@@ -490,6 +505,7 @@ fn role_of(known: &mesh_core::Authority) -> CaRole {
 /// What World says about authorities, copied out of its lock.
 #[derive(Debug, Clone)]
 pub(crate) struct WorldKeys {
+    version: u64,
     pub(crate) all: Vec<mesh_core::Authority>,
     pub(crate) trusted: Vec<mesh_core::Authority>,
     /// The one that issues, and its root.
@@ -501,6 +517,7 @@ impl WorldKeys {
     pub(crate) fn of(world: &mesh_core::World) -> Self {
         let hash = |known: &mesh_core::Authority| CaFacts::read(&known.der).map(|facts| facts.spki_sha256);
         Self {
+            version: world.bundle_version(),
             all: world.authorities().to_vec(),
             trusted: world.trusted_authorities().cloned().collect(),
             active: world.active_issuer().cloned().zip(world.active_root().cloned()),

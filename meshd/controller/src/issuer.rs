@@ -141,6 +141,7 @@ impl Issuing {
 
     /// A new serial and the CRL shard that it chooses.
     fn draw_place(&self) -> (SerialNumber, Place) {
+        self.authority.catch_up(&self.directory);
         self.draw_place_of(&self.authority.issuer_key_id(CaRole::Issuing))
     }
 

@@ -76,6 +76,7 @@ impl OwnCertificate {
                 }
             }
             let shown = self.directory.read(mesh_core::World::bundle_version);
+            self.issuing.authority().catch_up(&self.directory);
             match make(&self.name, &self.domain, &self.issuing, (&self.writer, &self.directory)).await {
                 Ok((certified, record)) => {
                     tracing::info!(serial = %record.serial, not_after = %record.not_after, "controller certificate renewed");
