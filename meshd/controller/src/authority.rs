@@ -36,6 +36,8 @@ pub(crate) struct Authority {
     keys: PathBuf,
     /// Seals the keys of authorities to come.
     passphrase: Option<Passphrase>,
+    /// The authorities that `init` made: their keys have names of their own.
+    initial: BTreeSet<mesh_core::KeyId>,
     ring: RwLock<Ring>,
 }
 
@@ -50,9 +52,11 @@ struct Ring {
     signers: BTreeMap<mesh_core::KeyId, Arc<Signer>>,
     /// As World has it: who issues, below which root.
     active: Option<(mesh_core::Authority, mesh_core::Authority)>,
-    trusted: Vec<mesh_core::Authority>,
-    /// The bundle that all this is of.
-    version: u64,
+    answering: Vec<mesh_core::Authority>,
+    /// What all this is of.
+    stamp: Stamp,
+    /// What all others have been told of, see [`Authority::news`].
+    told: Option<Stamp>,
     /// SHA-256 of the keys of all authorities there ever were.
     key_hashes: BTreeSet<[u8; 32]>,
 }
@@ -136,10 +140,19 @@ impl Authority {
             .map_err(internal("cannot make the root CA"))?;
         let root = Issuer::new(&root_certificate.der, root_key.id.clone(), domain.clone(), &root_key.store)
             .map_err(internal("cannot use the root CA"))?;
-        let both = mesh_ca::BothStores(&root_key.store, &issuing_key.store);
-        let issuing_certificate =
-            mesh_ca::create_issuing_ca(&root, &both, &issuing_key.id, naming, &mut random_fill)
-                .map_err(internal("cannot make the issuing CA"))?;
+        let public = issuing_key
+            .store
+            .public_key(&issuing_key.id)
+            .map_err(internal("cannot use the issuing CA's key"))?;
+        let issuing_certificate = mesh_ca::create_issuing_ca_for(
+            &root,
+            &root_key.store,
+            &public,
+            naming,
+            &mesh_ca::Pointers::default(),
+            &mut random_fill,
+        )
+        .map_err(internal("cannot make the issuing CA"))?;
         for key in [&root_key, &issuing_key] {
             key.write(keys).map_err(failed)?;
         }
@@ -159,7 +172,7 @@ impl Authority {
         })
     }
 
-    /// Opens the keys of all trusted authorities but sealed ones, and binds each to the certificate that World
+    /// Opens the keys of all authorities that answer but sealed ones, and binds each to the certificate that World
     /// remembers.
     ///
     /// # Errors
@@ -179,9 +192,10 @@ impl Authority {
             domain: domain.clone(),
             keys: keys.into(),
             passphrase: passphrase.cloned(),
+            initial: world.initial.clone(),
             ring: RwLock::default(),
         };
-        for known in world.trusted.iter() {
+        for known in world.answering.iter() {
             let path = authority.key_file(known);
             if known.sealed {
                 // Sealing ended with its record; a crash may have left the file.
@@ -192,7 +206,15 @@ impl Authority {
                     _ => continue,
                 }
             }
-            let signer = authority.open_key(known, &path)?;
+            let signer = match authority.open_key(known, &path) {
+                Err(StartupError::StateIo { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound && !known.standing.is_trusted() =>
+                {
+                    tracing::warn!(issuer = %known.key_id, "the key of a CA that was dropped is gone: its CRLs end");
+                    continue;
+                }
+                opened => opened?,
+            };
             authority.lock().signers.insert(known.key_id.clone(), Arc::new(signer));
         }
         authority.follow(world);
@@ -263,7 +285,7 @@ impl Authority {
     /// Where the sealed key of an authority lies: under a name of its own, or the one it has had since `init`.
     fn key_file(&self, known: &mesh_core::Authority) -> PathBuf {
         let own = self.keys.join(format!("{}.key", key_name_of(known.is_root, &known.key_id)));
-        match own.exists() {
+        match own.exists() || !self.initial.contains(&known.key_id) {
             true => own,
             false => self.keys.join(if known.is_root { "root.key" } else { "issuing.key" }),
         }
@@ -277,13 +299,13 @@ impl Authority {
     /// Takes up who issues now, and forgets keys of authorities that nobody trusts any more.
     pub(crate) fn follow(&self, world: &WorldKeys) {
         let mut ring = self.lock();
-        if world.version < ring.version {
+        if world.stamp.version < ring.stamp.version {
             // Copied before what is here already.
             return;
         }
         ring.active.clone_from(&world.active);
-        ring.trusted.clone_from(&world.trusted);
-        ring.version = world.version;
+        ring.answering.clone_from(&world.answering);
+        ring.stamp = world.stamp;
         ring.key_hashes.clone_from(&world.key_hashes);
         ring.signers.retain(|key_id, _| {
             // A key that was just drawn is not in World yet.
@@ -291,16 +313,43 @@ impl Authority {
                 .all
                 .iter()
                 .find(|known| known.key_id == *key_id)
-                .is_none_or(|known| known.standing.is_trusted() && !known.sealed)
+                .is_none_or(|known| world.answering.contains(known) && !known.sealed)
         });
+    }
+
+    /// Removes the keys of authorities that will never sign again: who held an old root's key could still lead
+    /// astray whoever was away since then. Blocks.
+    pub(crate) fn discard_ended(&self, world: &WorldKeys) {
+        let ended = world.all.iter().filter(|known| !world.answering.contains(known));
+        for known in ended {
+            match std::fs::remove_file(self.key_file(known)) {
+                Ok(()) => tracing::info!(issuer = %known.key_id, "the key of a CA that has ended is removed"),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(issuer = %known.key_id, %error, "the key of a CA that has ended stays")
+                }
+            }
+        }
     }
 
     /// Takes up World's authorities if they have changed: whoever saw a new bundle gets a leaf of its issuer.
     pub(crate) fn catch_up(&self, directory: &crate::directory::Directory) {
-        let known = self.ring.read().unwrap_or_else(PoisonError::into_inner).version;
-        if directory.read(mesh_core::World::bundle_version) != known {
+        let known = self.ring.read().unwrap_or_else(PoisonError::into_inner).stamp;
+        if directory.read(Stamp::of) != known {
             self.follow(&directory.read(WorldKeys::of));
         }
+    }
+
+    /// World's authorities, if they have changed since this was asked before; they are taken up.
+    pub(crate) fn news(&self, directory: &crate::directory::Directory) -> Option<WorldKeys> {
+        let told = self.ring.read().unwrap_or_else(PoisonError::into_inner).told;
+        if told == Some(directory.read(Stamp::of)) {
+            return None;
+        }
+        let world = directory.read(WorldKeys::of);
+        self.follow(&world);
+        self.lock().told = Some(world.stamp);
+        Some(world)
     }
 
     pub(crate) fn domain(&self) -> &TrustDomain {
@@ -456,11 +505,12 @@ impl Authority {
         Ok((responder, record))
     }
 
-    /// The CAs whose CRLs are published: the one that issues, the other issuing ones, roots.
+    /// The CAs whose CRLs are published: the one that issues, the other issuing ones, roots. Dropped ones stay until the
+    /// last certificate below them has ended.
     pub(crate) fn crl_issuers(&self) -> Vec<(mesh_core::KeyId, CaRole)> {
         let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
         let active = ring.active.as_ref().map(|(issuing, _)| &issuing.key_id);
-        let mut issuers: Vec<&mesh_core::Authority> = ring.trusted.iter().collect();
+        let mut issuers: Vec<&mesh_core::Authority> = ring.answering.iter().collect();
         issuers.sort_by_key(|known| (known.is_root, Some(&known.key_id) != active));
         issuers.into_iter().map(|known| (known.key_id.clone(), role_of(known))).collect()
     }
@@ -471,7 +521,7 @@ impl Authority {
         issuer: &mesh_core::KeyId,
         order: &CrlOrder<'_>,
     ) -> Result<SignedCrl, mesh_ca::CrlError> {
-        let (role, _) = self.trusted(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
+        let (role, _) = self.answering(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
         let signer = self.signer(issuer).ok_or(mesh_ca::CrlError::NotCrlIssuer)?;
         let lifetime = match role {
             CaRole::Root => mesh_ca::ROOT_CRL_LIFETIME,
@@ -486,14 +536,14 @@ impl Authority {
 
     /// How many certificates a CRL of ours lists; `None` if it is not ours or cannot be read.
     pub(crate) fn listed(&self, issuer: &mesh_core::KeyId, der: &[u8]) -> Option<usize> {
-        let (_, issuer_der) = self.trusted(issuer)?;
+        let (_, issuer_der) = self.answering(issuer)?;
         Some(mesh_ca::Crl::parse_verified(der, &issuer_der).ok()?.len())
     }
 
-    /// Kind and certificate of a trusted CA.
-    fn trusted(&self, issuer: &mesh_core::KeyId) -> Option<(CaRole, Vec<u8>)> {
+    /// Kind and certificate of a CA that answers for what it issued.
+    fn answering(&self, issuer: &mesh_core::KeyId) -> Option<(CaRole, Vec<u8>)> {
         let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
-        let known = ring.trusted.iter().find(|known| known.key_id == *issuer)?;
+        let known = ring.answering.iter().find(|known| known.key_id == *issuer)?;
         Some((role_of(known), known.der.clone()))
     }
 }
@@ -505,21 +555,44 @@ fn role_of(known: &mesh_core::Authority) -> CaRole {
 /// What World says about authorities, copied out of its lock.
 #[derive(Debug, Clone)]
 pub(crate) struct WorldKeys {
-    version: u64,
+    stamp: Stamp,
+    initial: BTreeSet<mesh_core::KeyId>,
     pub(crate) all: Vec<mesh_core::Authority>,
-    pub(crate) trusted: Vec<mesh_core::Authority>,
+    pub(crate) answering: Vec<mesh_core::Authority>,
     /// The one that issues, and its root.
     pub(crate) active: Option<(mesh_core::Authority, mesh_core::Authority)>,
     pub(crate) key_hashes: BTreeSet<[u8; 32]>,
+}
+
+/// Changes whenever authorities do: bundles follow each other, and dropped authorities end one by one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    version: u64,
+    answering: usize,
+    sealed: usize,
+}
+
+impl Stamp {
+    fn of(world: &mesh_core::World) -> Self {
+        Self {
+            version: world.bundle_version(),
+            answering: world.answering_authorities().count(),
+            sealed: world.authorities().iter().filter(|known| known.sealed).count(),
+        }
+    }
 }
 
 impl WorldKeys {
     pub(crate) fn of(world: &mesh_core::World) -> Self {
         let hash = |known: &mesh_core::Authority| CaFacts::read(&known.der).map(|facts| facts.spki_sha256);
         Self {
-            version: world.bundle_version(),
+            stamp: Stamp::of(world),
+            initial: world
+                .mesh()
+                .map(|mesh| mesh.cas.iter().map(|ca| ca.key_id.clone()).collect())
+                .unwrap_or_default(),
             all: world.authorities().to_vec(),
-            trusted: world.trusted_authorities().cloned().collect(),
+            answering: world.answering_authorities().cloned().collect(),
             active: world.active_issuer().cloned().zip(world.active_root().cloned()),
             key_hashes: world.authorities().iter().filter_map(hash).collect(),
         }
@@ -590,10 +663,6 @@ impl NewKey {
         let mut store = MemoryKeyStore::new();
         store.insert_pkcs8(id.clone(), &self.pkcs8).map_err(KeyProblem::Draw)?;
         Self::sealed(id, store, self.pkcs8, purpose, passphrase)
-    }
-
-    pub(crate) fn pkcs8(&self) -> &[u8] {
-        &self.pkcs8
     }
 
     fn sealed(

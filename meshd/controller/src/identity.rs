@@ -79,7 +79,7 @@ pub(crate) fn trust_bundle(world: &World) -> Option<pb::TrustBundle> {
         version: bundle.version,
         roots: root_ders(world),
         issuers: issuer_ders(world, None),
-        lineage: world.lineage().into_iter().map(|cross| cross.der.clone().into()).collect(),
+        lineage: world.history().into_iter().map(|cross| cross.der.clone().into()).collect(),
         issuer_key_id: bundle.issuer.0.clone().into(),
     })
 }

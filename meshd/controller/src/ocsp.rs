@@ -113,12 +113,24 @@ impl Ocsp {
 
     /// Certifies a delegate for each issuing CA that has none, or an old one.
     pub(crate) async fn refresh(&self) -> Result<(), Problem> {
-        for (issuer, role) in self.issuing.authority().crl_issuers() {
+        self.issuing.authority().catch_up(&self.directory);
+        let issuers = self.issuing.authority().crl_issuers();
+        self.delegates
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|known, _| issuers.iter().any(|(issuer, _)| issuer == known));
+        for (issuer, role) in issuers {
             let now = UtcTime::from(self.clock.utc_now());
             if role == CaRole::Issuing
                 && self.delegate(&issuer).is_none_or(|delegate| delegate.renew_at <= now)
             {
-                self.certify(issuer).await?;
+                match self.certify(issuer.clone()).await {
+                    // The last certificate of a dropped CA may have ended with this very record.
+                    Err(problem) if !self.directory.read(|world| world.is_trusted(&issuer)) => {
+                        tracing::info!(%issuer, why = problem.why, "a dropped CA needs no OCSP delegate any more");
+                    }
+                    certified => certified?,
+                }
             }
         }
         Ok(())

@@ -9,12 +9,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use mesh_ca::Pointers;
 use mesh_core::{Change, Command, KeyId, UtcTime};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{Backoff, SharedClock, ShutdownToken};
 use sha2::{Digest as _, Sha256};
 
-use crate::authority::{CaRole, CrlOrder, crl_entry};
+use crate::authority::{CaRole, CrlOrder, crl_entry, points};
 use crate::config::Publishing;
 use crate::directory::Directory;
 use crate::failpoint;
@@ -99,7 +100,7 @@ impl Publisher {
     /// its CRL.
     pub(crate) async fn open_shards(&self) -> Result<(), Problem> {
         for (issuer, role) in self.issuing.authority().crl_issuers() {
-            if role == CaRole::Issuing {
+            if role == CaRole::Issuing && self.is_trusted(&issuer) {
                 self.grow(&issuer).await?;
             }
         }
@@ -145,8 +146,8 @@ impl Publisher {
         }
     }
 
-    /// Makes sure that every revocation among `changes` is on its CRL. Returns those CRLs; without a revocation, all
-    /// CRLs of issuing CAs, which are complete then.
+    /// Makes sure that every revocation among `changes` is on its CRL. Returns those CRLs that nodes take; without a
+    /// revocation, all CRLs of issuing CAs, which are complete then.
     pub(crate) async fn cover(&self, changes: &[Change]) -> Result<Vec<CrlRef>, Problem> {
         let mut shards = self.shards_of(changes);
         if shards.is_empty() {
@@ -165,15 +166,23 @@ impl Publisher {
             };
             covering.push(CrlRef { issuer, shard, number });
         }
+        covering.retain(|crl| self.is_trusted(&crl.issuer));
         Ok(covering)
     }
 
-    /// The newest recorded CRLs, those of issuing CAs first.
+    /// The newest recorded CRLs of the CAs that nodes trust, those of issuing CAs first.
     pub(crate) fn published(&self) -> Vec<PublishedCrl> {
         if let Some(frozen) = &*self.frozen.read().unwrap_or_else(PoisonError::into_inner) {
             return frozen.clone();
         }
-        self.shards(None).into_iter().filter_map(|(issuer, shard)| self.find(issuer, shard)).collect()
+        let mut shards = self.shards(None);
+        self.directory.read(|world| shards.retain(|(issuer, _)| world.is_trusted(issuer)));
+        shards.into_iter().filter_map(|(issuer, shard)| self.find(issuer, shard)).collect()
+    }
+
+    /// Whether nodes trust an issuer. Others are served to whoever asks by address.
+    fn is_trusted(&self, issuer: &KeyId) -> bool {
+        self.directory.read(|world| world.is_trusted(issuer))
     }
 
     /// One published CRL.
@@ -203,8 +212,9 @@ impl Publisher {
 
     /// The CRLs that a chain of a certificate in `shard` needs: its own and the roots'.
     pub(crate) fn messages_for(&self, issuer: &KeyId, shard: u16) -> Vec<pb::Crl> {
-        let roots =
-            self.shards(Some(CaRole::Root)).into_iter().filter_map(|(root, shard)| self.one(&root, shard));
+        let mut roots = self.shards(Some(CaRole::Root));
+        self.directory.read(|world| roots.retain(|(root, _)| world.is_trusted(root)));
+        let roots = roots.into_iter().filter_map(|(root, shard)| self.one(&root, shard));
         self.one(issuer, shard).into_iter().chain(roots).map(message).collect()
     }
 
@@ -257,8 +267,9 @@ impl Publisher {
     }
 
     async fn refresh(&self) -> Result<(), Problem> {
+        self.issuing.authority().catch_up(&self.directory);
         for (issuer, role) in self.issuing.authority().crl_issuers() {
-            if role == CaRole::Issuing {
+            if role == CaRole::Issuing && self.is_trusted(&issuer) {
                 self.grow(&issuer).await?;
             }
             for shard in self.due_shards(&issuer, role) {
@@ -406,7 +417,7 @@ impl Publisher {
 
     /// Signs the CRL of `root` anew, so that it lasts for its whole life from now on, and has it on disk: once the
     /// root's key is gone it cannot be made again.
-    pub(crate) async fn sign_anew(&self, root: &KeyId) -> Result<Bytes, Problem> {
+    pub(crate) async fn sign_anew(&self, root: &KeyId) -> Result<(), Problem> {
         let _turn = self.turn.lock().await;
         let number = self.make(root, 0).await?;
         let der = {
@@ -414,8 +425,17 @@ impl Publisher {
             signed.get(&(root.clone(), 0)).and_then(|all| all.get(&number)).map(|crl| crl.der.clone())
         };
         let der = der.ok_or_else(|| Problem::internal("a CRL that was just signed is missing"))?;
-        self.write_through(root, &der)?;
-        Ok(der)
+        self.write_through(root, &der)
+    }
+
+    /// What a CA certificate that the root in `root_der` signs points to; nothing in a mesh that publishes nowhere.
+    pub(crate) fn ca_pointers(&self, root_der: &[u8]) -> Result<Pointers, Problem> {
+        let Some(url) = &self.publishing.url else { return Ok(Pointers::default()) };
+        let id = mesh_ca::ca_key_identifier(root_der)
+            .ok_or_else(|| Problem::internal("the root cannot be read"))?;
+        points(url)
+            .and_then(|points| points.ca(&id))
+            .map_err(|error| Problem::internal_error("the published address cannot be used", &error))
     }
 
     fn write_through(&self, root: &KeyId, der: &[u8]) -> Result<(), Problem> {

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_ca::{CaNaming, Csr, Issuer, KeyPurpose, LeafKey, TrustAnchors, Usage, verify_chain};
+use mesh_ca::{
+    CEREMONY_BYTES_MAX, CaNaming, Issuer, IssuerRequest, KeyPurpose, KeyStore as _, Pointers, RevokedEntry,
+    SignedIssuer, TrustAnchors, Usage, verify_chain,
+};
 use mesh_core::{
     Actor, CaRecord, Change, Command, Cross, Decision, KeyId, NodeId, OperationId, Request, Serial, World,
 };
@@ -16,21 +19,21 @@ use time::UtcDateTime;
 
 use crate::auth::Caller;
 use crate::authority::{
-    Authority, CaFacts, KeyProblem, NewKey, Signer, WorldKeys, core_key_id, random_fill, unlock_with,
+    Authority, CaFacts, KeyProblem, NewKey, Signer, core_key_id, crl_entry, random_fill, unlock_with,
 };
 use crate::config::Passphrase;
 use crate::parts::Parts;
+use crate::publish::Publisher;
 use crate::state::{read_file, replace_file};
 use crate::status::Problem;
 use crate::tls::every_root;
 
-/// How often acknowledgements and conditions are looked at when nothing else happens.
+/// How often acknowledgements and conditions are looked at when nothing else happens, and the pause after each look.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+const LOOK_PAUSE: Duration = Duration::from_millis(50);
 /// The key of an authority that the offline root has not signed yet, and its request.
 const PENDING_KEY: &str = "pending-issuing";
 const PENDING_REQUEST: &str = "pending-issuing.request";
-/// Bytes of a stored request.
-const REQUEST_BYTES_MAX: u64 = 16 * 1024;
 /// Shortest passphrase of an exported root: it is all that protects it.
 const EXPORT_PASSPHRASE_BYTES_MIN: usize = 8;
 
@@ -82,8 +85,8 @@ fn prepare(
     authority: &Authority,
     active_root: &mesh_core::Authority,
     fleet: &str,
-    with_root: bool,
-    now: UtcDateTime,
+    publisher: &Publisher,
+    (with_root, now): (bool, UtcDateTime),
 ) -> Result<Prepared, Problem> {
     let old =
         authority.signer(&active_root.key_id).ok_or_else(|| Problem::root_sealed("sign a new authority"))?;
@@ -111,8 +114,16 @@ fn prepare(
     };
     let root = new_root.as_ref().unwrap_or(&old);
     let key = draw(authority, "new-issuing", KeyPurpose::Issuing)?;
-    let both = mesh_ca::BothStores(&*root.store, &key.store);
-    let made = mesh_ca::create_issuing_ca(&root.issuer, &both, &key.id, naming, &mut random_fill)?;
+    let public = key.store.public_key(&key.id).map_err(mesh_ca::IssueError::KeyStore)?;
+    let pointers = publisher.ca_pointers(root.issuer.certificate_der())?;
+    let made = mesh_ca::create_issuing_ca_for(
+        &root.issuer,
+        &*root.store,
+        &public,
+        naming,
+        &pointers,
+        &mut random_fill,
+    )?;
     let issuing = keep(authority, key, &made.der, KeyPurpose::Issuing)?;
     Ok(Prepared { issuing, root: new_root, crosses })
 }
@@ -138,7 +149,7 @@ impl Parts {
     pub(crate) async fn keep_rotation(self: Arc<Self>, shutdown: ShutdownToken) {
         let (mut head, mut acks) = (self.directory.watch(), self.presence.watch_acks());
         loop {
-            self.follow_authorities();
+            self.follow_authorities().await;
             if let Err(problem) = self.note_acknowledgements().await {
                 tracing::warn!(why = problem.why, "acknowledgements were not written down");
             }
@@ -151,15 +162,27 @@ impl Parts {
                 changed = head.changed() => if changed.is_err() { return },
                 changed = acks.changed() => if changed.is_err() { return },
             }
+            tokio::time::sleep(LOOK_PAUSE).await;
         }
     }
 
-    /// Keys in memory and roots for client certificates as World has them.
-    fn follow_authorities(&self) {
-        let (known, roots) = self.directory.read(|world| (WorldKeys::of(world), every_root(world)));
-        self.issuing.authority().follow(&known);
-        if let Err(error) = self.anchors.replace(roots) {
+    /// Keys in memory, OCSP delegates and roots for client certificates as World has them.
+    async fn follow_authorities(&self) {
+        let Some(known) = self.issuing.authority().news(&self.directory) else { return };
+        if let Err(error) = self.anchors.replace(self.directory.read(every_root)) {
             tracing::error!(%error, "a root of ours cannot be used");
+        }
+        let authority = Arc::clone(self.issuing.authority());
+        let discarded = self.issuing.on_pool(move || {
+            authority.discard_ended(&known);
+            Ok::<(), Problem>(())
+        });
+        if let Err(problem) = discarded.await {
+            tracing::warn!(why = problem.why, "keys of CAs that have ended stay");
+        }
+        // Before its first leaf: whoever asks for that one is answered.
+        if let Err(problem) = self.ocsp.refresh().await {
+            tracing::warn!(why = problem.why, "no OCSP delegate of a new CA yet");
         }
     }
 
@@ -215,16 +238,16 @@ impl Parts {
             Ok((world.fleet().unwrap_or_default().to_owned(), root))
         })?;
         let (authority, now) = (Arc::clone(self.issuing.authority()), self.clock.utc_now());
-        let prepared = match request.signed {
-            Some(_) if request.root => {
+        let prepared = match (request.signed.is_empty(), request.root) {
+            (false, true) => {
                 return Err(Problem::usage(
                     "a request for the offline root is for an issuing CA, not for a root",
                 ));
             }
-            Some(response) => self.take_response(response, &active_root).await?,
-            None => {
-                let with_root = request.root;
-                let work = move || prepare(&authority, &active_root, &fleet, with_root, now);
+            (false, false) => self.take_response(request.signed, &active_root).await?,
+            (true, with_root) => {
+                let publisher = Arc::clone(&self.publisher);
+                let work = move || prepare(&authority, &active_root, &fleet, &publisher, (with_root, now));
                 self.issuing.on_pool(work).await?
             }
         };
@@ -243,7 +266,7 @@ impl Parts {
             }
             return Err(error.into());
         }
-        self.follow_authorities();
+        self.follow_authorities().await;
         self.forget_pending();
         tracing::info!(to = ?ids, "rotation started");
         self.rotation_info(true)
@@ -275,7 +298,7 @@ impl Parts {
         }
         // Commit point.
         let committed = self.writer.submit(request).await?;
-        self.follow_authorities();
+        self.follow_authorities().await;
         tracing::info!(seq = committed.seq, changed = committed.changed(), "rotation has moved");
         Ok(())
     }
@@ -304,7 +327,7 @@ impl Parts {
         let command = Command::ExportRoot { key_id: root.key_id.clone() };
         // Commit point: whoever has the file stands in the journal.
         self.writer.submit(Request { actor, operation, command }).await?;
-        let crl = self.publisher.sign_anew(&root.key_id).await?;
+        self.publisher.sign_anew(&root.key_id).await?;
         let authority = Arc::clone(self.issuing.authority());
         let known = root.clone();
         let (sealed_key, key_id) =
@@ -314,7 +337,6 @@ impl Parts {
             sealed_key,
             root: root.der.into(),
             key_id,
-            crl,
             spki_sha256: facts.spki_sha256.to_vec().into(),
             fleet: self.directory.read(|world| world.fleet().unwrap_or_default().to_owned()),
             trust_domain: self.issuing.authority().domain().to_string(),
@@ -360,55 +382,57 @@ impl Parts {
         let actor = super::service::actor(caller)?;
         let _one = self.successions.lock().await;
         let at = self.utc();
-        let (root, fleet, crl_number) = self.directory.read(|world| {
+        let (root, fleet, crl_number, revoked) = self.directory.read(|world| {
             world.check_actor(at, &actor, mesh_core::CommandKind::StartRotation)?;
             if let Some(rotation) = world.rotation() {
                 return Err(mesh_core::Refusal::RotationRunning { to: rotation.to.clone() });
             }
             let root = world.active_root().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
             let number = world.last_crl_number(&root.key_id, 0) + 1;
-            Ok((root, world.fleet().unwrap_or_default().to_owned(), number))
+            let revoked = world.revoked_entries(&root.key_id, 0);
+            Ok((root, world.fleet().unwrap_or_default().to_owned(), number, revoked))
         })?;
-        let authority = Arc::clone(self.issuing.authority());
         let facts = CaFacts::read(&root.der).ok_or_else(|| Problem::internal("the root cannot be read"))?;
-        let csr = self.issuing.on_pool(move || pending_csr(&authority)).await?;
-        Ok(pb::IssuerRequest {
-            root_spki_sha256: facts.spki_sha256.to_vec().into(),
-            csr: csr.into(),
-            fleet,
-            trust_domain: self.issuing.authority().domain().to_string(),
+        let draft = Draft {
+            root_key_hash: facts.spki_sha256,
+            mesh: fleet,
+            pointers: self.publisher.ca_pointers(&root.der)?,
+            requested_at: self.clock.utc_now(),
             crl_number,
-            created_at: at.unix(),
+            revoked: revoked.into_iter().filter_map(|(serial, at, why)| crl_entry(serial, at, why)).collect(),
+        };
+        let authority = Arc::clone(self.issuing.authority());
+        let (pem, key_hash) = self.issuing.on_pool(move || pending_request(&authority, draft)).await?;
+        Ok(pb::IssuerRequest {
+            pem,
+            root_spki_sha256: facts.spki_sha256.to_vec().into(),
+            key_sha256: key_hash.to_vec().into(),
         })
     }
 
     /// The offline root's answer: certificate and CRL, each checked before anything is believed.
-    async fn take_response(
-        &self,
-        response: pb::IssuerResponse,
-        root: &mesh_core::Authority,
-    ) -> Result<Prepared, Problem> {
+    async fn take_response(&self, answer: String, root: &mesh_core::Authority) -> Result<Prepared, Problem> {
         let authority = Arc::clone(self.issuing.authority());
-        let (root, number) =
-            self.directory.read(|world| (root.clone(), world.last_crl_number(&root.key_id, 0)));
         let known = root.clone();
-        let (signer, crl) = self
-            .issuing
-            .on_pool(move || {
-                let crl = mesh_ca::Crl::parse_verified(&response.root_crl, &known.der)
-                    .map_err(|error| Problem::ceremony(format!("the root's CRL is not believed: {error}")))?;
-                if crl.number() <= number {
-                    return Err(Problem::ceremony(format!(
-                        "the root's CRL has number {}, {number} was there already",
-                        crl.number()
-                    )));
-                }
-                let signer = bind_pending(&authority, &response, &known)?;
-                Ok((signer, (crl, response.root_crl)))
-            })
-            .await?;
-        self.publisher.take_foreign(&root.key_id, &crl.0, crl.1).await?;
-        Ok(Prepared { issuing: signer, root: None, crosses: Vec::new() })
+        let (issuing, der) = self.issuing.on_pool(move || bind_pending(&authority, &answer, &known)).await?;
+        let crl = mesh_ca::Crl::parse_verified(&der, &root.der)
+            .map_err(|error| Problem::ceremony(format!("the root's CRL is not believed: {error}")))?;
+        let digest: [u8; 32] = Sha256::digest(&der).into();
+        let (last, taken) = self.directory.read(|world| {
+            let last = world.crl(&root.key_id, 0);
+            (last.map_or(0, |last| last.number), last.is_some_and(|last| last.digest == digest))
+        });
+        if !taken && crl.number() != last + 1 {
+            return Err(Problem::ceremony(format!(
+                "the root's CRL has number {}, {} is the next: make a new request",
+                crl.number(),
+                last + 1
+            )));
+        }
+        if !taken {
+            self.publisher.take_foreign(&root.key_id, &crl, der.into()).await?;
+        }
+        Ok(Prepared { issuing, root: None, crosses: Vec::new() })
     }
 
     /// The request has been answered.
@@ -431,57 +455,87 @@ impl Parts {
     }
 }
 
-/// The CSR of the pending key; both are made if they are not there. Blocks.
-fn pending_csr(authority: &Authority) -> Result<Vec<u8>, Problem> {
-    let request = authority.keys().join(PENDING_REQUEST);
-    let key_file = authority.keys().join(format!("{PENDING_KEY}.key"));
-    if key_file.exists()
-        && let Ok(csr) = read_file(&request, REQUEST_BYTES_MAX)
-    {
-        return Ok(csr);
-    }
-    let key = draw(authority, PENDING_KEY, KeyPurpose::Issuing)?;
-    let leaf_key = LeafKey::from_pkcs8_der(key.pkcs8())
-        .map_err(|error| Problem::internal_error("cannot use a new key", &error))?;
-    let csr = Csr::create(&leaf_key).map_err(|error| Problem::internal_error("cannot make a CSR", &error))?;
-    // The key first: a request without its key would be signed for nothing.
-    key.write(authority.keys())?;
-    replace_file(&request, &csr)
-        .map_err(|error| Problem::internal_error("cannot write the request", &error))?;
-    Ok(csr)
+/// A request but for its key.
+struct Draft {
+    root_key_hash: [u8; 32],
+    mesh: String,
+    pointers: Pointers,
+    requested_at: UtcDateTime,
+    crl_number: u64,
+    revoked: Vec<RevokedEntry>,
 }
 
-/// The pending key with the certificate that the offline root made for it, under its lasting name. Blocks.
+impl Draft {
+    /// Whether `request` asks for the same.
+    fn is_in(&self, request: &IssuerRequest) -> bool {
+        (self.root_key_hash, self.crl_number) == (request.root_key_hash, request.crl_number)
+            && (&self.mesh, &self.pointers, &self.revoked)
+                == (&request.mesh, &request.pointers, &request.revoked)
+    }
+}
+
+/// The request that waits, PEM, and the digest of its key; made if there is none or it asks for something else than
+/// `draft`. Blocks.
+fn pending_request(authority: &Authority, draft: Draft) -> Result<(String, [u8; 32]), Problem> {
+    let key_file = authority.keys().join(format!("{PENDING_KEY}.key"));
+    if key_file.exists()
+        && let Ok((pem, request)) = stored_request(authority)
+        && draft.is_in(&request)
+    {
+        return Ok((pem, request.public_key.key_hash()));
+    }
+    let key = match key_file.exists() {
+        true => NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?,
+        false => draw(authority, PENDING_KEY, KeyPurpose::Issuing)?,
+    };
+    let failed = "cannot make a request";
+    let public_key =
+        key.store.public_key(&key.id).map_err(|error| Problem::internal_error(failed, &error))?;
+    let Draft { root_key_hash, mesh, pointers, requested_at, crl_number, revoked } = draft;
+    let request =
+        IssuerRequest { root_key_hash, mesh, public_key, pointers, requested_at, crl_number, revoked };
+    let pem = request.to_pem(&key.store, &key.id).map_err(|error| Problem::internal_error(failed, &error))?;
+    // The key first: a request without its key would be signed for nothing.
+    key.write(authority.keys())?;
+    replace_file(&authority.keys().join(PENDING_REQUEST), pem.as_bytes())
+        .map_err(|error| Problem::internal_error("cannot write the request", &error))?;
+    Ok((pem, request.public_key.key_hash()))
+}
+
+fn stored_request(authority: &Authority) -> Result<(String, IssuerRequest), Problem> {
+    let none = || Problem::ceremony("no request is waiting for an answer");
+    let text =
+        read_file(&authority.keys().join(PENDING_REQUEST), CEREMONY_BYTES_MAX as u64).map_err(|_| none())?;
+    let request = IssuerRequest::parse_verified(&text)
+        .map_err(|error| Problem::ceremony(format!("the request that waits is damaged: {error}")))?;
+    Ok((String::from_utf8(text).map_err(|_| none())?, request))
+}
+
+/// The pending key with the certificate that the offline root made for it, under its lasting name, and the root's CRL.
+/// Blocks.
 fn bind_pending(
     authority: &Authority,
-    response: &pb::IssuerResponse,
+    answer: &str,
     root: &mesh_core::Authority,
-) -> Result<Signer, Problem> {
-    let csr = read_file(&authority.keys().join(PENDING_REQUEST), REQUEST_BYTES_MAX)
-        .map_err(|_| Problem::ceremony("no request is waiting for an answer"))?;
-    if response.request_sha256 != <[u8; 32]>::from(Sha256::digest(&csr)).as_slice() {
-        return Err(Problem::ceremony("the answer is to another request than the one that waits"));
-    }
-    let key = NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?;
-    let der = response.certificate.as_ref();
-    if let Some(finding) = mesh_ca::lint_ca(der, &root.der).into_iter().next() {
-        return Err(Problem::ceremony(format!("the certificate breaks a rule: {finding}")));
-    }
-    if !mesh_ca::is_signed_by(der, &root.der) {
-        return Err(Problem::ceremony("the certificate is not signed by this mesh's root"));
-    }
-    Issuer::new(der, key.id.clone(), authority.domain().clone(), &key.store).map_err(|error| {
-        Problem::ceremony(format!("the certificate does not fit the key that waits: {error}"))
+) -> Result<(Signer, Vec<u8>), Problem> {
+    let (_, request) = stored_request(authority)?;
+    let signed = SignedIssuer::parse_verified(answer.as_bytes(), &request, &root.der).map_err(|error| {
+        Problem::ceremony(format!("the answer is not believed: {}", mesh_runtime::chain(&error)))
     })?;
-    keep(authority, key, der, KeyPurpose::Issuing)
+    let key = NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?;
+    let signer = keep(authority, key, &signed.certificate.der, KeyPurpose::Issuing)?;
+    Ok((signer, signed.root_crl))
 }
+
+/// Roots and issuing CAs of a bundle, DER.
+type Trusted = (Vec<Vec<u8>>, Vec<Vec<u8>>);
 
 /// What a step must not break, copied out of World: real certificates, real bundles.
 struct Check {
     /// Of leaves in use.
     leaves: Vec<(u64, Serial)>,
-    /// Roots and issuing CAs of each bundle in use, and of the one to come.
-    bundles: Vec<(Vec<Vec<u8>>, Vec<Vec<u8>>)>,
+    /// Each bundle in use, and the one to come.
+    bundles: Vec<Trusted>,
 }
 
 impl Check {

@@ -107,7 +107,9 @@ impl Views {
             own: Some(own(&view.own)),
             issuers: issuer_ders(world, None),
             peers: view.peers.iter().filter_map(|(id, view)| self.entries.of(world, *id, view)).collect(),
-            crls: frozen.unwrap_or_else(|| world.crls().map(have).collect()),
+            crls: frozen.unwrap_or_else(|| {
+                world.crls().filter(|crl| world.is_trusted(&crl.issuer_key_id)).map(have).collect()
+            }),
             trust: trust_bundle(world),
         })
     }

@@ -286,7 +286,15 @@ impl WebParts {
     fn page_at(&self, path: &str) -> Option<Page> {
         if let Some(name) = path.strip_prefix("/crl/") {
             let (issuer, shard) = name.strip_suffix(".crl")?.split_once('/')?;
-            self.crl(&key_id(issuer)?, shard_number(shard)?)
+            let issuer = key_id(issuer)?;
+            match shard {
+                // What a root says of the CAs that it signed.
+                "ca" => self
+                    .directory
+                    .read(|world| world.authority(&issuer).filter(|ca| ca.is_root).map(|_| ()))
+                    .and_then(|()| self.crl(&issuer, 0)),
+                shard => self.crl(&issuer, shard_number(shard)?),
+            }
         } else {
             self.certificate(&key_id(path.strip_prefix("/ca/")?.strip_suffix(".cer")?)?)
         }

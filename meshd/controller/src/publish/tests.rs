@@ -10,7 +10,7 @@ use mesh_core::{
 use mesh_runtime::SystemClock;
 
 use super::*;
-use crate::authority::Authority;
+use crate::authority::{Authority, WorldKeys};
 use crate::config::{InitConfig, Unlock};
 use crate::controller::load_world;
 use crate::state::StateDir;
@@ -97,7 +97,8 @@ async fn measure(revoked: u64) -> (Duration, Duration) {
     let journal: Box<dyn mesh_store::Journal> = Box::new(store.journal);
     let (mut world, head) = load_world(&state, &*journal, &store.snapshots).unwrap();
     let domain = mesh_ca::TrustDomain::parse("mesh.internal").unwrap();
-    let authority = Authority::open(&state.keys(), &domain, world.cas(), Unlock::None, None).unwrap();
+    let authority =
+        Authority::open(&state.keys(), &domain, &WorldKeys::of(&world), Unlock::None, None).unwrap();
     let authority = Arc::new(authority);
     let issuer = authority.issuer_key_id(CaRole::Issuing);
     let live = fill(&mut world, &issuer, revoked, clock.utc_now().into());

@@ -7,6 +7,7 @@ mod harness;
 mod journal;
 mod ocsp;
 mod operators;
+mod partitions;
 mod posing;
 mod profiles;
 mod publishing;

@@ -16,16 +16,16 @@ use x509_parser::prelude::FromDer as _;
 use crate::documented;
 use crate::harness::{Identity, Mesh, Node, Running, operation};
 
-const BASE: &str = "http://pki.mesh.internal";
+pub(crate) const BASE: &str = "http://pki.mesh.internal";
 
 /// Certificates on disk for the judges.
-struct Files {
+pub(crate) struct Files {
     folder: tempfile::TempDir,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Files {
-    fn new(node: &Node, address: SocketAddr) -> Self {
+    pub(crate) fn new(node: &Node, address: SocketAddr) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let files = Self { folder, address };
         files.write("issuer.pem", &node.enrolled.issuers[0]);
@@ -67,7 +67,7 @@ impl Files {
     }
 }
 
-async fn start(mesh: &Mesh) -> Running {
+pub(crate) async fn start(mesh: &Mesh) -> Running {
     let config = RunConfig {
         publish_listen: vec!["127.0.0.1:0".parse().unwrap()],
         publishing: Publishing { url: Some(BASE.into()), shards: 2 },
@@ -76,12 +76,12 @@ async fn start(mesh: &Mesh) -> Running {
     mesh.start_config(config, None).await
 }
 
-fn serial(identity: &Identity) -> Vec<u8> {
+pub(crate) fn serial(identity: &Identity) -> Vec<u8> {
     let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(&identity.leaf).unwrap();
     certificate.raw_serial().to_vec()
 }
 
-async fn revoke(running: &Running, serial: &[u8]) {
+pub(crate) async fn revoke(running: &Running, serial: &[u8]) {
     let request = pb::RevokeCertificateRequest {
         which: Some(pb::revoke_certificate_request::Which::Serial(serial.to_vec().into())),
         reason: "key-compromise".into(),
@@ -153,7 +153,7 @@ async fn openssl_and_gnutls_believe_the_delegate() {
 }
 
 /// One GET or POST by hand; status line, head and body.
-async fn exchange(address: SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
+pub(crate) async fn exchange(address: SocketAddr, head: &str, body: &[u8]) -> (String, Vec<u8>) {
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     stream.write_all(format!("{head}host: x\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
     let _ = stream.write_all(body).await;
@@ -164,7 +164,7 @@ async fn exchange(address: SocketAddr, head: &str, body: &[u8]) -> (String, Vec<
 }
 
 /// A request as `openssl` writes it.
-async fn request(files: &Files, serial: &[u8], nonce: bool) -> Vec<u8> {
+pub(crate) async fn request(files: &Files, serial: &[u8], nonce: bool) -> Vec<u8> {
     let serial = format!("0x{}", hex::encode(serial));
     let nonce = if nonce { "-nonce" } else { "-no_nonce" };
     let args = ["ocsp", "-issuer", "issuer.pem", "-serial", &serial, nonce, "-reqout", "request.der"];

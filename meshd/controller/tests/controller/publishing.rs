@@ -55,7 +55,7 @@ fn published(mesh: &Mesh) -> RunConfig {
 }
 
 /// The one CRL address of a certificate.
-fn pointer(der: &[u8]) -> Option<String> {
+pub(crate) fn pointer(der: &[u8]) -> Option<String> {
     let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der).unwrap();
     let found = certificate.extensions().iter().find_map(|extension| match extension.parsed_extension() {
         ParsedExtension::CRLDistributionPoints(points) => Some((extension.critical, points)),
