@@ -115,7 +115,7 @@ pub(crate) enum Command {
     Status(status::Status),
     /// Reach a node step by step: underlay, handshake, overlay
     Ping(ping::Ping),
-    /// Look for everything that could be wrong with this node
+    /// Look for everything that could be wrong with this node or, on the controller, with the fleet
     Doctor(doctor::Doctor),
     /// Who did what, in a log that shows tampering
     #[command(subcommand)]
