@@ -154,6 +154,10 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "ADDR:PORT", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     stun_listen: Option<String>,
+    /// Loopback address at which figures for Prometheus are served, at /metrics [default: none].
+    #[arg(long, value_name = "ADDR:PORT", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics_listen: Option<String>,
     /// Pass on WireGuard's datagrams between nodes without a direct way: true or false [default: true].
     #[arg(long, value_name = "BOOL", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -32,6 +32,7 @@ pub(crate) struct ControllerSettings {
     pub(crate) publish_url: String,
     pub(crate) crl_shards: u16,
     pub(crate) stun_listen: String,
+    pub(crate) metrics_listen: String,
     pub(crate) relay: bool,
     pub(crate) relay_bytes_per_second: u64,
     pub(crate) log_format: LogFormat,
@@ -78,6 +79,7 @@ publish_listen = []
 publish_url = ""
 crl_shards = 4
 stun_listen = ""
+metrics_listen = ""
 relay = true
 relay_bytes_per_second = 4194304
 log_format = "text"

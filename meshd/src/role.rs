@@ -134,6 +134,16 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
             )
         })?),
     };
+    let metrics_listen = optional(&parsed.metrics_listen)
+        .map(|address| {
+            address.parse().map_err(|_| {
+                Failure::config(
+                    format!("metrics_listen = {address:?} cannot be used"),
+                    "it is ADDR:PORT with a loopback address, or empty for none",
+                )
+            })
+        })
+        .transpose()?;
     let bytes_per_second = parsed.relay_bytes_per_second;
     let relay = parsed.relay.then_some(mesh_controller::RelayLimit { bytes_per_second });
     let config = mesh_controller::RunConfig {
@@ -149,6 +159,7 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         },
         stun_listen,
         relay,
+        metrics_listen,
         announce: true,
     };
     let log = parsed.log_format;

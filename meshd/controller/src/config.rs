@@ -124,6 +124,8 @@ pub struct RunConfig {
     pub stun_listen: StunListen,
     /// `None`: no relay at all, neither by UDP nor over TLS.
     pub relay: Option<RelayLimit>,
+    /// Loopback address at which figures for Prometheus are served; port 0 takes a free one. `None`: not at all.
+    pub metrics_listen: Option<SocketAddr>,
     /// Print `listening on ADDR` on standard output once requests are served.
     pub announce: bool,
 }

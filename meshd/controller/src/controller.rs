@@ -30,6 +30,7 @@ use crate::init::{check_advertised, check_publish_url};
 use crate::issuer::Issuing;
 use crate::limits::{ANSWER_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::listener::{Server, bind_tcp, bind_unix};
+use crate::metrics;
 use crate::ocsp::Ocsp;
 use crate::own_certificate::OwnCertificate;
 use crate::parts::Parts;
@@ -83,6 +84,8 @@ pub struct Controller {
     web: Web,
     web_sockets: Vec<WebSocket>,
     udp: Option<Arc<UdpPort>>,
+    metrics_socket: Option<tokio::net::TcpListener>,
+    journal_folder: PathBuf,
     socket: PathBuf,
     snapshots: SnapshotTaker,
     sightings: Sightings,
@@ -127,6 +130,10 @@ impl Controller {
         for address in &config.publish_listen {
             web_sockets.push(WebSocket::open(*address).await?);
         }
+        let metrics_socket = match config.metrics_listen {
+            Some(address) => Some(metrics::bind(address).await?),
+            None => None,
+        };
         let controllers = advertised(&config, &settings, address);
 
         let archive = Archive::new(journal.reader());
@@ -280,6 +287,10 @@ impl Controller {
         let server = Server::new(routes(&parts), gate, (acceptor, anchors), (connections, stop.clone()));
         write_listen_file(&state, "listen", [address]);
         write_listen_file(&state, "publish-listen", web_sockets.iter().filter_map(WebSocket::address));
+        match &metrics_socket {
+            Some(socket) => write_listen_file(&state, "metrics-listen", socket.local_addr()),
+            None => drop(std::fs::remove_file(config.state_dir.join("metrics-listen"))),
+        }
         Ok(Self {
             parts,
             own: Arc::new(own),
@@ -289,6 +300,8 @@ impl Controller {
             web,
             web_sockets,
             udp,
+            metrics_socket,
+            journal_folder: config.state_dir.join(mesh_store::JOURNAL_FOLDER),
             socket: config.socket,
             snapshots,
             sightings,
@@ -327,6 +340,8 @@ impl Controller {
             web,
             web_sockets,
             udp,
+            metrics_socket,
+            journal_folder,
             socket,
             snapshots,
             writer_thread,
@@ -354,6 +369,9 @@ impl Controller {
         {
             let server = server.clone();
             tasks.spawn(async move { server.end_ended_identities().await });
+        }
+        if let Some(listener) = metrics_socket {
+            tasks.spawn(metrics::serve(listener, Arc::clone(&parts), journal_folder, stop.clone()));
         }
         if let Some(socket) = udp {
             let (relay, clock, stop) = (parts.relay.clone(), Arc::clone(&parts.clock), stop.clone());

@@ -8,6 +8,7 @@
 mod config;
 mod error;
 mod limits;
+mod metrics;
 
 mod controller;
 mod init;

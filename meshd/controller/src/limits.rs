@@ -48,6 +48,8 @@ pub(crate) const WEB_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Octets and number of the headers of one plain-HTTP request.
 pub(crate) const WEB_HEADER_BYTES_MAX: usize = 16 * 1024;
 pub(crate) const WEB_HEADERS_MAX: usize = 64;
+/// Connections that ask for figures at one time.
+pub(crate) const METRICS_CONNECTIONS_MAX: usize = 16;
 
 /// Signed OCSP responses that are kept, some 1.2 kB each.
 pub(crate) const OCSP_CACHE_MAX: usize = 32_768;

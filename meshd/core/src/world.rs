@@ -288,6 +288,17 @@ impl World {
         serials.filter_map(|serial| self.certificate(serial))
     }
 
+    /// How many certificates have not ended at `at`. Takes no longer for many: those that ended leave World soon.
+    pub fn certificate_counts(&self, at: UtcTime) -> CertificateCounts {
+        let ended = self.index.ends.iter().take_while(|(not_after, _)| *not_after <= at);
+        let ended: Vec<&CertificateState> =
+            ended.filter_map(|(_, serial)| self.certificate(serial)).collect();
+        let ended_revoked = ended.iter().filter(|certificate| certificate.revoked.is_some()).count();
+        let shards = self.index.revoked.values().flat_map(BTreeMap::values);
+        let revoked = shards.map(BTreeSet::len).sum::<usize>() - ended_revoked;
+        CertificateCounts { live: self.state.certificates.len() - ended.len() - revoked, revoked }
+    }
+
     /// The controller's newest certificate.
     pub fn controller_serial(&self) -> Option<Serial> {
         self.state.controller

@@ -21,4 +21,4 @@ pub use journal::{
 };
 pub use snapshot::{Snapshot, SnapshotError, Snapshots};
 pub use state::{STATE_FORMAT_VERSION, StateDir, StateError};
-pub use store::{CatchUpError, OpenError, Store, StoreOptions, catch_up};
+pub use store::{CatchUpError, JOURNAL_FOLDER, OpenError, Store, StoreOptions, catch_up};

@@ -11,7 +11,8 @@ use crate::{
     state::{StateDir, StateError},
 };
 
-pub(crate) const JOURNAL_FOLDER: &str = "journal";
+/// The journal's folder in a state directory.
+pub const JOURNAL_FOLDER: &str = "journal";
 const INDEX_FOLDER: &str = "index";
 /// Records whose changes go to the index in one transaction during a replay.
 const REPLAY_BATCH: usize = 256;

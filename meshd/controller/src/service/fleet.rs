@@ -180,6 +180,12 @@ pub(crate) fn signed_at(this_update: UtcTime) -> i64 {
     (this_update + mesh_ca::CLOCK_SKEW_ALLOWANCE).unix()
 }
 
+/// What is left at `now` of a life from `start` to `end`, and its part of the whole.
+pub(crate) fn remaining_life(start: UtcTime, end: UtcTime, now: UtcTime) -> (std::time::Duration, f64) {
+    let (life, left) = (end.since(start), end.since(now));
+    (left, left.as_secs_f64() / life.as_secs_f64().max(1.0))
+}
+
 /// The smallest of the marks that a life from `start` to `end` has fallen below at `now`.
 fn life_left(start: UtcTime, end: UtcTime, now: UtcTime) -> Option<(u32, &'static str)> {
     let (life, left) = (end.since(start).as_secs(), end.since(now).as_secs());

@@ -86,6 +86,7 @@ impl Mesh {
             publishing: Publishing::default(),
             stun_listen: StunListen::LikeTls,
             relay: Some(RelayLimit::default()),
+            metrics_listen: None,
             announce: false,
         }
     }

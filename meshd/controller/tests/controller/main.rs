@@ -5,6 +5,7 @@ mod documented;
 mod enrollment;
 mod harness;
 mod journal;
+mod metrics;
 mod ocsp;
 mod operators;
 mod partitions;

@@ -83,6 +83,14 @@ pub struct Node {
     pub given: u64,
 }
 
+/// Certificates that have not ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CertificateCounts {
+    /// Neither ended nor revoked.
+    pub live: usize,
+    pub revoked: usize,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NodeState {
