@@ -2,7 +2,7 @@
 //! this in a virtual machine with Debian's kernel.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,7 +15,7 @@ use mesh_tunnel::{
 
 use crate::basic::tcp_transfer;
 use crate::lab::{DEADLINE, End, MTU, eventually, introduce, key, two_namespaces};
-use crate::rotation::{listen, next_peer, talk};
+use crate::rotation::{listen, next_peer};
 
 const CHILD: &str = "MESH_TUNNEL_CHILD";
 
@@ -58,7 +58,7 @@ fn traffic_during(a: &End, b: &End, change: impl FnOnce()) -> [Duration; 2] {
     let (there, back) = ((a.inner_udp(), b.inner_udp()), (b.inner_udp(), a.inner_udp()));
     let (stop, quiet) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
-        let talkers = [&there, &back].map(|(from, to)| scope.spawn(|| talk(from, to, &stop)));
+        let talkers = [&there, &back].map(|(from, to)| scope.spawn(|| talk_on(from, to, &stop)));
         let listeners = [&there.1, &back.1].map(|at| scope.spawn(|| listen(at, &quiet)));
         thread::park_timeout(Duration::from_millis(200));
         change();
@@ -70,6 +70,17 @@ fn traffic_during(a: &End, b: &End, change: impl FnOnce()) -> [Duration; 2] {
         println!("longest pauses {gaps:?} in {sent:?} datagrams");
         gaps
     })
+}
+
+/// Sends a number every millisecond until told to stop; how many the interface took. The kernel refuses (ENOKEY)
+/// while it has the peers anew.
+fn talk_on(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
+    let mut sent = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        sent += u64::from(from.send_to(&sent.to_le_bytes(), to.local_addr().unwrap()).is_ok());
+        thread::park_timeout(Duration::from_millis(1));
+    }
+    sent
 }
 
 /// What `wg show wg0 WHAT` prints for one peer.

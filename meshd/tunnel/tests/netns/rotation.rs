@@ -20,7 +20,7 @@ pub(crate) fn next_peer(b: &End, number: u8) -> PeerConfig {
 }
 
 /// Sends a number every millisecond until told to stop; how many.
-pub(crate) fn talk(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
+fn talk(from: &UdpSocket, to: &UdpSocket, stop: &AtomicBool) -> u64 {
     let mut sent = 0_u64;
     while !stop.load(Ordering::Relaxed) {
         from.send_to(&sent.to_le_bytes(), to.local_addr().unwrap()).unwrap();
