@@ -34,6 +34,7 @@ impl Firewall {
         let mut text = format!("table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
         write_sets(&mut text, "peers", &self.peers);
         write_sets(&mut text, "inbound", &self.inbound);
+        // ICMP and ICMPv6 by number: their names are in /etc/protocols, which small systems lack.
         // Writing to a String cannot fail.
         let _ = write!(
             text,
@@ -60,7 +61,7 @@ impl Firewall {
 		meta nfproto ipv4 ip saddr != @peers4 drop
 		meta nfproto ipv6 ip6 saddr != @peers6 drop
 		ct state established,related accept
-		meta l4proto {{ icmp, ipv6-icmp }} accept
+		meta l4proto {{ 1, 58 }} accept
 		ip saddr @inbound4 accept
 		ip6 saddr @inbound6 accept
 		drop
