@@ -235,8 +235,8 @@ pub struct Verified {
 ///
 /// Without `revocation` nothing is checked for revocation: right only where the caller asks the journal instead.
 ///
-/// A leaf with noRevAvail (RFC 9608 §4) needs no CRL that covers it, and is refused all the same by one that lists it. The
-/// CAs above need theirs, here one without an issuing distribution point.
+/// A leaf with noRevAvail (RFC 9608 §4) needs no CRL that covers it. One that could cover it is looked at all the same: the
+/// first of its issuer, since it names no shard. The CAs above need theirs, here one without an issuing distribution point.
 pub fn verify_chain(
     leaf: &[u8],
     intermediates: &[CertificateDer<'_>],

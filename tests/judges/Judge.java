@@ -10,16 +10,25 @@ public class Judge {
         CertificateFactory factory = CertificateFactory.getInstance("X.509");
         for (String name : folders) {
             Path folder = Paths.get(name);
+            // Leaves of custom profiles: chain and CRLs stand above.
+            boolean profiles = folder.endsWith("profiles");
+            Path leaves = folder;
+            if (profiles) folder = folder.getParent();
             X509Certificate root = certificate(factory, folder.resolve("root.pem"));
             X509Certificate issuing = certificate(factory, folder.resolve("issuing.pem"));
             List<Object> crls = new ArrayList<>();
             for (String file : List.of("root.crl.pem", "issuing.crl.pem"))
                 try (InputStream in = Files.newInputStream(folder.resolve(file))) { crls.add(factory.generateCRL(in)); }
-            for (String leaf : List.of("good", "revoked")) {
+            List<String> files = new ArrayList<>(List.of("good", "revoked"));
+            if (profiles)
+                try (var listed = Files.list(leaves)) {
+                    files = listed.map(file -> file.getFileName().toString().replace(".pem", "")).sorted().toList();
+                }
+            for (String leaf : files) {
                 PKIXParameters parameters = new PKIXParameters(Set.of(new TrustAnchor(root, null)));
                 parameters.setRevocationEnabled(true);
                 parameters.addCertStore(CertStore.getInstance("Collection", new CollectionCertStoreParameters(crls)));
-                CertPath path = factory.generateCertPath(List.of(certificate(factory, folder.resolve(leaf + ".pem")), issuing));
+                CertPath path = factory.generateCertPath(List.of(certificate(factory, leaves.resolve(leaf + ".pem")), issuing));
                 String verdict;
                 try {
                     CertPathValidator.getInstance("PKIX").validate(path, parameters);
@@ -27,8 +36,9 @@ public class Judge {
                 } catch (CertPathValidatorException error) {
                     verdict = "refused " + error.getReason() + " " + error.getMessage();
                 }
-                System.out.println(folder + "\t" + leaf + "\t" + verdict);
+                System.out.println(leaves + "\t" + leaf + "\t" + verdict);
             }
+            if (profiles) continue;
             KeyStore store = KeyStore.getInstance("PKCS12");
             String verdict;
             try (InputStream in = Files.newInputStream(folder.resolve("good.p12"))) {

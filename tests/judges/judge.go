@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 func block(path string) []byte {
@@ -60,8 +61,47 @@ func judge(folder, leaf string) error {
 	return nil
 }
 
+// A leaf of the folder `profiles`: good for the purposes its name begins with, and for no other.
+func judgeProfile(folder, file string) error {
+	above := filepath.Dir(folder)
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(certificate(filepath.Join(above, "root.pem")))
+	intermediates.AddCert(certificate(filepath.Join(above, "issuing.pem")))
+	subject := certificate(filepath.Join(folder, file))
+	uses := strings.SplitN(file, "-", 2)[0]
+	for name, usage := range map[string]x509.ExtKeyUsage{"server": x509.ExtKeyUsageServerAuth, "client": x509.ExtKeyUsageClientAuth} {
+		options := x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: "shop.mesh.internal", KeyUsages: []x509.ExtKeyUsage{usage}}
+		_, err := subject.Verify(options)
+		may := uses == "both" || uses == name
+		if may && err != nil {
+			return err
+		}
+		if !may && err == nil {
+			return errors.New("good as " + name)
+		}
+	}
+	if subject.IsCA || subject.KeyUsage != x509.KeyUsageDigitalSignature {
+		return errors.New("not a leaf that signs only")
+	}
+	return nil
+}
+
 func main() {
 	for _, folder := range os.Args[1:] {
+		if filepath.Base(folder) == "profiles" {
+			files, err := os.ReadDir(folder)
+			if err != nil {
+				panic(err)
+			}
+			for _, file := range files {
+				verdict := "accepted"
+				if err := judgeProfile(folder, file.Name()); err != nil {
+					verdict = "refused " + err.Error()
+				}
+				fmt.Printf("%s\t%s\t%s\n", folder, file.Name(), verdict)
+			}
+			continue
+		}
 		for _, leaf := range []string{"good", "revoked"} {
 			verdict := "accepted"
 			if err := judge(folder, leaf); err != nil {

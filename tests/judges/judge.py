@@ -29,6 +29,8 @@ LEAVES = {
     "leaf-operator.pem": ({SERVER, CLIENT}, None),
     "leaf-long.pem": ({SERVER}, "a" * 60 + ".mesh.internal"),
 }
+# Leaves of custom profiles: four profiles, four types of key.
+PROFILES = 16
 OPENSSL_PURPOSE = {SERVER: "sslserver", CLIENT: "sslclient"}
 GNUTLS_PURPOSE = {SERVER: "1.3.6.1.5.5.7.3.1", CLIENT: "1.3.6.1.5.5.7.3.2"}
 # pkilint takes every URI without a dotted host of a web scheme for wrong; SPIFFE IDs are what the SVID rules ask for.
@@ -169,7 +171,7 @@ def judge_profiles():
     crl = folder / "issuing.crl.pem"
     crls = joined("profile-crls.pem", crl, root_crl)
     leaves = sorted((folder / "profiles").iterdir())
-    expect("custom profiles, each with every type of key", len(leaves) == 16, str(leaves))
+    expect("custom profiles, each with every type of key", len(leaves) == PROFILES, str(leaves))
     for leaf in leaves:
         uses = {"server": {SERVER}, "client": {CLIENT}, "both": {SERVER, CLIENT}}[leaf.name.split("-")[0]]
         for use in (SERVER, CLIENT):
@@ -224,17 +226,17 @@ def by_lines(judge, output):
 
 
 def judge_jdk(kinds):
-    done, output = run("java", folder_of_judges / "Judge.java", *kinds)
-    if by_lines("jdk", output) != 3 * len(kinds) or not done:
+    done, output = run("java", folder_of_judges / "Judge.java", *kinds, folder / "profiles")
+    if by_lines("jdk", output) != 3 * len(kinds) + PROFILES or not done:
         expect("jdk      judged every kind", False, output)
 
 
 def judge_go(kinds):
     go = pathlib.Path(sys.executable).parent / "go"
     environment = {**os.environ, "GOCACHE": str(scratch / "go"), "GOPATH": str(scratch / "gopath"), "GO111MODULE": "off", "CGO_ENABLED": "0"}
-    command = [str(go), "run", str(folder_of_judges / "judge.go"), *map(str, kinds)]
+    command = [str(go), "run", str(folder_of_judges / "judge.go"), *map(str, kinds), str(folder / "profiles")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    if by_lines("go", done.stdout) != 2 * len(kinds) or done.returncode:
+    if by_lines("go", done.stdout) != 2 * len(kinds) + PROFILES or done.returncode:
         expect("go       judged every kind", False, done.stdout + done.stderr)
 
 
