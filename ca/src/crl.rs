@@ -5,7 +5,7 @@
 //! extension is critical, and the CRL may be limited to user or CA certificates, never to both. Delta, indirect and
 //! reason-partitioned CRLs are neither made nor taken; rustls refuses all three.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use time::UtcDateTime;
@@ -22,7 +22,7 @@ use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
 use crate::lint::{Finding, lint_crl};
 use crate::pointers::HttpUrl;
 use crate::reason::RevocationReason;
-use crate::serial::{SerialError, SerialNumber};
+use crate::serial::SerialNumber;
 
 /// Largest CRL, in bytes of DER: about 100 000 entries.
 pub const CRL_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -64,8 +64,6 @@ pub enum CrlError {
     NoNextUpdate,
     #[error("CRL has extension {0}, which is not taken")]
     Extension(String),
-    #[error("CRL lists a serial that is none of ours")]
-    Serial(#[source] SerialError),
 }
 
 /// One revoked certificate of a CRL.
@@ -199,6 +197,8 @@ pub struct Crl {
     url: Option<HttpUrl>,
     scope: CrlScope,
     revoked: BTreeMap<SerialNumber, RevokedEntry>,
+    /// Serials that are none of ours: of certificates that a CA issued elsewhere.
+    foreign: BTreeSet<Vec<u8>>,
 }
 
 impl Crl {
@@ -237,7 +237,8 @@ impl Crl {
         if next_update <= this_update {
             return Err(CrlError::Updates);
         }
-        Ok(Self { number, this_update, next_update, issuer_key_id, url, scope, revoked: read_entries(&crl)? })
+        let (revoked, foreign) = read_entries(&crl)?;
+        Ok(Self { number, this_update, next_update, issuer_key_id, url, scope, revoked, foreign })
     }
 
     /// cRLNumber.
@@ -276,19 +277,27 @@ impl Crl {
         self.revoked.contains_key(serial)
     }
 
-    /// The entries by serial.
+    /// The same for any serial, the octets of a DER integer's value: a CA's that was imported.
+    pub fn contains_raw(&self, serial: &[u8]) -> bool {
+        match SerialNumber::from_slice(serial) {
+            Ok(serial) => self.contains(&serial),
+            Err(_) => self.foreign.contains(serial),
+        }
+    }
+
+    /// The entries by serial, but for serials that are none of ours.
     pub fn entries(&self) -> impl Iterator<Item = &RevokedEntry> {
         self.revoked.values()
     }
 
     /// How many certificates are listed.
     pub fn len(&self) -> usize {
-        self.revoked.len()
+        self.revoked.len() + self.foreign.len()
     }
 
     /// Whether nothing is revoked.
     pub fn is_empty(&self) -> bool {
-        self.revoked.is_empty()
+        self.len() == 0
     }
 }
 
@@ -337,12 +346,16 @@ fn read_point(point: &IssuingDistributionPoint<'_>) -> Option<(Option<HttpUrl>, 
     }
 }
 
-fn read_entries(
-    crl: &CertificateRevocationList<'_>,
-) -> Result<BTreeMap<SerialNumber, RevokedEntry>, CrlError> {
-    let mut revoked = BTreeMap::new();
+/// Entries with a serial of ours, and other serials.
+type Entries = (BTreeMap<SerialNumber, RevokedEntry>, BTreeSet<Vec<u8>>);
+
+fn read_entries(crl: &CertificateRevocationList<'_>) -> Result<Entries, CrlError> {
+    let (mut revoked, mut foreign) = (BTreeMap::new(), BTreeSet::new());
     for entry in crl.iter_revoked_certificates() {
-        let serial = SerialNumber::from_slice(entry.raw_serial()).map_err(CrlError::Serial)?;
+        let Ok(serial) = SerialNumber::from_slice(entry.raw_serial()) else {
+            foreign.insert(entry.raw_serial().to_vec());
+            continue;
+        };
         let reason = match entry.reason_code() {
             None => RevocationReason::Unspecified,
             Some((_, code)) => RevocationReason::from_code(code.0)
@@ -353,7 +366,7 @@ fn read_entries(
             return Err(CrlError::Repeated(serial));
         }
     }
-    Ok(revoked)
+    Ok((revoked, foreign))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::x509::X509Version;
 use zeroize::Zeroizing;
 
+use crate::asn1::parts;
 use crate::instant::from_asn1;
 use crate::issue::check_name_reproducible;
 use crate::key::{KeyError, PublicKey};
@@ -20,6 +21,9 @@ use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
 use crate::lint::CERT_BYTES_MAX;
 use crate::pkcs12::{PKCS12_BYTES_MAX, Pkcs12Error, decrypt_pkcs8, read_pkcs12};
 use crate::private::KeyPair;
+
+/// Version, algorithm, key, attributes, public key (RFC 5958 §2).
+const PKCS8_FIELDS_MAX: usize = 5;
 
 /// Why a CA is not taken over.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -194,7 +198,12 @@ fn read_file(
             "PRIVATE KEY" => keys.push(body),
             "ENCRYPTED PRIVATE KEY" => {
                 let password = password.ok_or(ImportError::PasswordNeeded)?;
-                keys.push(decrypt_pkcs8(&body, password.as_bytes()).map_err(ImportError::Pkcs12)?);
+                let opened = decrypt_pkcs8(&body, password.as_bytes()).map_err(ImportError::Pkcs12)?;
+                // Padding of a wrong password's nonsense is right once in 256 times.
+                if parts(&opened, PKCS8_FIELDS_MAX).is_err() {
+                    return Err(ImportError::Pkcs12(Pkcs12Error::WrongPassword));
+                }
+                keys.push(opened);
             }
             "EC PRIVATE KEY" => keys.push(ec_to_pkcs8(&body)?),
             "RSA PRIVATE KEY" => keys.push(rsa_to_pkcs8(&body)?),
@@ -223,8 +232,17 @@ fn rsa_to_pkcs8(der: &[u8]) -> Result<Zeroizing<Vec<u8>>, ImportError> {
     Ok(Zeroizing::new(document.as_ref().to_vec()))
 }
 
-/// Whether a CA certificate is one that strict verifiers take, apart from its issuer's signature.
+/// Whether a CA certificate is one that strict verifiers take, apart from its issuer's signature, and whether its subject
+/// would stand byte for byte as the issuer of what it signs here.
 pub fn check_ca(der: &[u8], now: UtcDateTime) -> Result<(), ImportError> {
+    check_fit(der, now)?;
+    let certificate = parse_certificate(der).ok_or(ImportError::Certificate)?;
+    let public = PublicKey::from_spki_der(certificate.public_key().raw).map_err(ImportError::PublicKey)?;
+    check_name_reproducible(der, &public).map_err(|_| ImportError::Subject)
+}
+
+/// What is asked of a CA that signs elsewhere, too.
+fn check_fit(der: &[u8], now: UtcDateTime) -> Result<(), ImportError> {
     if der.len() > CERT_BYTES_MAX {
         return Err(ImportError::Certificate);
     }
@@ -234,12 +252,11 @@ pub fn check_ca(der: &[u8], now: UtcDateTime) -> Result<(), ImportError> {
     {
         return Err(ImportError::Certificate);
     }
-    let public = PublicKey::from_spki_der(certificate.public_key().raw).map_err(ImportError::PublicKey)?;
+    PublicKey::from_spki_der(certificate.public_key().raw).map_err(ImportError::PublicKey)?;
     check_ca_extensions(&certificate)?;
     if certificate.subject().iter().next().is_none() {
         return Err(ImportError::EmptySubject);
     }
-    check_name_reproducible(der, &public).map_err(|_| ImportError::Subject)?;
     let algorithm = certificate.signature_algorithm.algorithm.to_id_string();
     // SHA-1 and MD5 with RSA, SHA-1 with ECDSA.
     let weak = ["1.2.840.113549.1.1.4", "1.2.840.113549.1.1.5", "1.2.840.10045.4.1"];
@@ -323,7 +340,7 @@ fn chain_to_root(
             parse_certificate(der).is_some_and(|issuer| issuer.subject().as_raw() == child.issuer().as_raw())
         });
         let issuer = issuer.ok_or(ImportError::NoRoot)?;
-        check_ca(issuer, now)?;
+        check_fit(issuer, now)?;
         let parent = parse_certificate(issuer).ok_or(ImportError::Certificate)?;
         let identifier = read_extensions(&parent).map_err(|_| ImportError::Extensions)?.subject_key_id;
         if wanted.is_none() || wanted != identifier {
