@@ -17,6 +17,7 @@ mod instant;
 mod profile;
 mod serial;
 
+mod archive;
 mod key;
 mod keystore;
 mod pkcs12;
@@ -47,6 +48,9 @@ mod tls;
 
 pub mod bundle;
 
+pub use archive::{
+    ARCHIVE_CHUNK_BYTES, ARCHIVE_HEADER_BYTES, ARCHIVE_TAG_BYTES, ArchiveOpener, ArchiveSealer,
+};
 pub use ceremony::{CEREMONY_BYTES_MAX, CeremonyError, IssuerRequest, SignedIssuer, sign_issuer};
 pub use chain::{
     CHAIN_LENGTH_MAX, CRLS_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified,

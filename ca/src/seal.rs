@@ -64,7 +64,7 @@ impl KdfParams {
     /// Highest cost that is accepted, so that a planted file cannot take the host's memory: 1 GiB, 16 passes.
     pub const CEILING: Self = Self { memory_kib: 1024 * 1024, passes: 16, lanes: 8 };
 
-    fn check(self) -> Result<(), SealError> {
+    pub(crate) fn check(self) -> Result<(), SealError> {
         let within = |value, low, high| (low..=high).contains(&value);
         if within(self.memory_kib, Self::FLOOR.memory_kib, Self::CEILING.memory_kib)
             && within(self.passes, Self::FLOOR.passes, Self::CEILING.passes)
@@ -186,12 +186,17 @@ impl Header {
     }
 }
 
-fn cipher(passphrase: &[u8], header: &Header) -> Result<XChaCha20Poly1305, SealError> {
-    let params = Params::new(header.cost.memory_kib, header.cost.passes, header.cost.lanes, Some(32))
-        .map_err(|_| SealError::Cost(header.cost))?;
+/// The cipher under a key that is made from a passphrase.
+pub(crate) fn passphrase_cipher(
+    passphrase: &[u8],
+    cost: KdfParams,
+    salt: &[u8; SALT_BYTES],
+) -> Result<XChaCha20Poly1305, SealError> {
+    let params =
+        Params::new(cost.memory_kib, cost.passes, cost.lanes, Some(32)).map_err(|_| SealError::Cost(cost))?;
     let mut key = Zeroizing::new([0; 32]);
     Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
-        .hash_password_into(passphrase, &header.salt, key.as_mut())
+        .hash_password_into(passphrase, salt, key.as_mut())
         .map_err(|_| SealError::Derive)?;
     Ok(XChaCha20Poly1305::new(key.as_ref().into()))
 }
@@ -224,7 +229,7 @@ pub fn seal(
             rng(&mut header.nonce);
             let aad = header.encode();
             let payload = Payload { msg: pkcs8, aad: &aad };
-            let sealed = cipher(passphrase, &header)?
+            let sealed = passphrase_cipher(passphrase, cost, &header.salt)?
                 .encrypt(XNonce::from_slice(&header.nonce), payload)
                 .map_err(|_| SealError::TooLarge)?;
             (SEALED_LABEL, [aad, sealed].concat())
@@ -279,7 +284,7 @@ pub fn unseal(
         (true, Unlock::Passphrase(passphrase)) => {
             header.cost.check()?;
             let payload = Payload { msg: ciphertext, aad: &header.encode() };
-            cipher(passphrase, &header)?
+            passphrase_cipher(passphrase, header.cost, &header.salt)?
                 .decrypt(XNonce::from_slice(&header.nonce), payload)
                 .map(Zeroizing::new)
                 .map_err(|_| SealError::WrongPassphrase)
