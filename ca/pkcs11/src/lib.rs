@@ -26,6 +26,8 @@ use mesh_ca::{KeyAlgorithm, KeyError, KeyId, KeyStore, KeyStoreError, PublicKey}
 use sha2::{Digest as _, Sha256, Sha384};
 
 const EC_PUBLIC_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
+const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 
 /// Why a token cannot be used.
@@ -43,6 +45,10 @@ pub enum TokenError {
     NoKey(KeyId),
     #[error("token holds more than one key labelled {0}")]
     SeveralKeys(KeyId),
+    #[error("token holds a key labelled {0} already")]
+    KeyExists(KeyId),
+    #[error("keys of type {0} are not generated in tokens, only ECDSA P-256 and P-384")]
+    Generate(KeyAlgorithm),
     #[error("key {0} is not an ECDSA P-256, P-384 or RSA key")]
     KeyType(KeyId),
     #[error("key {key_id} is not taken")]
@@ -95,21 +101,70 @@ impl TokenKeyStore {
     /// # Errors
     /// [`TokenError::WrongPin`] costs one of the token's tries.
     pub fn open(module: &Path, token_label: &str, pin: &str, keys: &[KeyId]) -> Result<Self, TokenError> {
-        let module = Pkcs11::new(module).map_err(TokenError::Module)?;
-        match module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
-            // Another store of this process loaded the same module.
-            Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {}
-            Err(error) => return Err(TokenError::Module(error)),
-        }
-        let (slot, serial) = find_token(&module, token_label)?;
+        let (module, slot, serial) = connect(module, token_label)?;
         let session = module.open_ro_session(slot)?;
-        match session.login(UserType::User, Some(&AuthPin::new(pin.into()))) {
-            Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
-            Err(error) => return Err(error.into()),
-        }
+        login(&session, pin)?;
         let found = keys.iter().map(|id| Ok((id.clone(), find_key(&session, id)?)));
         let keys = found.collect::<Result<_, TokenError>>()?;
         Ok(Self { module, slot, serial, session: Mutex::new(session), keys })
+    }
+
+    /// Draws a key in the token, which never leaves it, and opens it. Blocks.
+    ///
+    /// # Errors
+    /// [`TokenError::KeyExists`] if the label is taken; nothing is changed then. As [`open`](Self::open) otherwise.
+    pub fn generate(
+        module: &Path,
+        token_label: &str,
+        pin: &str,
+        key_id: &KeyId,
+        algorithm: KeyAlgorithm,
+    ) -> Result<Self, TokenError> {
+        let curve = match algorithm {
+            KeyAlgorithm::EcdsaP256 => P256,
+            KeyAlgorithm::EcdsaP384 => P384,
+            other => return Err(TokenError::Generate(other)),
+        };
+        let (library, slot, _) = connect(module, token_label)?;
+        let session = library.open_rw_session(slot)?;
+        login(&session, pin)?;
+        let label = Attribute::Label(key_id.as_str().as_bytes().to_vec());
+        if !session.find_objects(std::slice::from_ref(&label))?.is_empty() {
+            return Err(TokenError::KeyExists(key_id.clone()));
+        }
+        // PKCS #11 links the two halves by their id; ours is as unique as the label.
+        let id = Attribute::Id(Sha256::digest(key_id.as_str())[..16].to_vec());
+        let public = [
+            Attribute::Token(true),
+            Attribute::Verify(true),
+            Attribute::EcParams(curve.to_der().map_err(|_| TokenError::KeyType(key_id.clone()))?),
+            label.clone(),
+            id.clone(),
+        ];
+        let private = [
+            Attribute::Token(true),
+            Attribute::Private(true),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(false),
+            Attribute::Sign(true),
+            label,
+            id,
+        ];
+        session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private)?;
+        drop(session);
+        Self::open(module, token_label, pin, std::slice::from_ref(key_id))
+    }
+
+    /// Takes both halves of a key out of its token for good. Blocks.
+    pub fn destroy(module: &Path, token_label: &str, pin: &str, key_id: &KeyId) -> Result<(), TokenError> {
+        let (module, slot, _) = connect(module, token_label)?;
+        let session = module.open_rw_session(slot)?;
+        login(&session, pin)?;
+        let label = Attribute::Label(key_id.as_str().as_bytes().to_vec());
+        for object in session.find_objects(&[label])? {
+            session.destroy_object(object)?;
+        }
+        Ok(())
     }
 
     fn key(&self, key_id: &KeyId) -> Result<&TokenKey, KeyStoreError> {
@@ -156,6 +211,25 @@ impl KeyStore for TokenKeyStore {
 
     fn public_key(&self, key_id: &KeyId) -> Result<PublicKey, KeyStoreError> {
         Ok(self.key(key_id)?.public.clone())
+    }
+}
+
+/// Loads the module and finds the token: its slot and serial number.
+fn connect(module: &Path, token_label: &str) -> Result<(Pkcs11, Slot, String), TokenError> {
+    let module = Pkcs11::new(module).map_err(TokenError::Module)?;
+    match module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
+        // Another store of this process loaded the same module.
+        Ok(()) | Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => {}
+        Err(error) => return Err(TokenError::Module(error)),
+    }
+    let (slot, serial) = find_token(&module, token_label)?;
+    Ok((module, slot, serial))
+}
+
+fn login(session: &Session, pin: &str) -> Result<(), TokenError> {
+    match session.login(UserType::User, Some(&AuthPin::new(pin.into()))) {
+        Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 

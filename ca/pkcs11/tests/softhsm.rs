@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::object::{Attribute, AttributeType, ObjectClass};
 use mesh_ca::*;
 use mesh_pkcs11::{TokenError, TokenKeyStore};
 use time::UtcDateTime;
@@ -44,6 +46,18 @@ fn put(folder: &Path, name: &str, algorithm: KeyAlgorithm, id: &str) -> PublicKe
     let path = path.to_str().unwrap();
     softhsm(folder, &["--import", path, "--token", "mesh", "--label", name, "--id", id, "--pin", PIN]);
     key.public_key().clone()
+}
+
+/// What the token says of a private key's protection.
+fn protection(label: &str) -> Vec<Attribute> {
+    let module = Pkcs11::new(module()).unwrap();
+    // Loaded already by the store under test.
+    let _ = module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK));
+    let slot = module.get_slots_with_initialized_token().unwrap()[0];
+    let session = module.open_ro_session(slot).unwrap();
+    let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Label(label.as_bytes().to_vec())];
+    let found = session.find_objects(&wanted).unwrap();
+    session.get_attributes(found[0], &[AttributeType::Sensitive, AttributeType::Extractable]).unwrap()
 }
 
 /// The body runs again in a child process whose environment names the token's folder.
@@ -93,6 +107,25 @@ fn a_token_signs_and_refuses_clearly() {
         assert!(!token.public_key(key).unwrap().verifies(b"massage", &signature), "{key}");
     }
     assert_eq!(token.sign(&id("root"), b"x"), Err(KeyStoreError::UnknownKey(id("root"))));
+
+    // A key that is drawn in the token never leaves it, takes nobody's name, and can be destroyed.
+    for (name, algorithm) in
+        [("drawn-p256", KeyAlgorithm::EcdsaP256), ("drawn-p384", KeyAlgorithm::EcdsaP384)]
+    {
+        let generate = || TokenKeyStore::generate(&module(), "mesh", PIN, &id(name), algorithm);
+        let drawn = generate().unwrap();
+        assert_eq!(drawn.public_key(&id(name)).unwrap().algorithm(), algorithm);
+        let signature = drawn.sign(&id(name), b"message").unwrap();
+        let again = open("mesh", PIN, &[id(name)]).unwrap();
+        assert!(again.public_key(&id(name)).unwrap().verifies(b"message", &signature));
+        assert_eq!(protection(name), [Attribute::Sensitive(true), Attribute::Extractable(false)]);
+        assert!(matches!(generate(), Err(TokenError::KeyExists(key)) if key == id(name)));
+    }
+    TokenKeyStore::destroy(&module(), "mesh", PIN, &id("drawn-p384")).unwrap();
+    assert!(matches!(open("mesh", PIN, &[id("drawn-p384")]), Err(TokenError::NoKey(_))));
+    assert!(open("mesh", PIN, &[id("drawn-p256")]).is_ok());
+    let unknown = TokenKeyStore::generate(&module(), "mesh", PIN, &id("drawn-25519"), KeyAlgorithm::Ed25519);
+    assert!(matches!(unknown, Err(TokenError::Generate(KeyAlgorithm::Ed25519))));
 
     // An issuing CA whose key is in the token issues a leaf and a CRL.
     let mut offline = MemoryKeyStore::new();
