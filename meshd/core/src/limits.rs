@@ -57,6 +57,8 @@ pub const DENIAL_TEXT_CHARS_MAX: usize = 200;
 /// Certificates in a CRL shard, on average, at which more shards are opened: a CRL of that many entries is still made
 /// about as fast as an empty one.
 pub const CERTIFICATES_PER_SHARD: usize = 1_024;
+/// Highest number of a CRL: one that stands near the end of its type would be the last.
+pub const CRL_NUMBER_MAX: u64 = 1 << 62;
 /// CRL shards of one issuer, for ever.
 pub const CRL_SHARDS_MAX: u16 = 4_096;
 /// CRL shards opened at once.

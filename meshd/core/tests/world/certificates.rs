@@ -324,7 +324,7 @@ fn crl_numbers_have_no_gap_and_cover_what_exists() {
         next_update,
     };
     let next = START + 7 * DAY;
-    for number in [0, 1, 3, u64::MAX] {
+    for number in [0, 1, mesh_core::limits::CRL_NUMBER_MAX + 1, u64::MAX] {
         assert_eq!(
             mesh.refused(Actor::Controller, crl(number, head, next)),
             Refusal::CrlNumber { number, last: 1 }
@@ -336,6 +336,10 @@ fn crl_numbers_have_no_gap_and_cover_what_exists() {
     mesh.ok(Actor::Controller, crl(2, head, next));
     mesh.already_done(Actor::Controller, crl(2, head, next));
     assert_eq!(mesh.world.last_crl_number(&issuer(), 0), 2);
+    // After a restore numbers go on above all that may be about.
+    mesh.ok(Actor::Controller, crl(1_795_000_000_000, head, next));
+    let refused = mesh.refused(Actor::Controller, crl(3, head, next));
+    assert_eq!(refused, Refusal::CrlNumber { number: 3, last: 1_795_000_000_000 });
 }
 
 #[test]
