@@ -1,17 +1,21 @@
 //! `meshctl ca`: root, issuing CAs, CRLs.
 
+mod backup;
 mod ceremony;
 mod rotate;
 mod trust;
 
 use std::path::PathBuf;
 
-use mesh_ca::bundle::{encode_certificates, encode_crls};
+use mesh_ca::{
+    CRL_BYTES_MAX,
+    bundle::{encode_certificates, encode_crls, parse_crls},
+};
 use mesh_proto::v1::{self as pb, ErrorCode, ca_client::CaClient, certificates_client::CertificatesClient};
 use serde_json::{Value, json};
 
 use crate::{
-    app::{App, client},
+    app::{App, client, operation_id},
     context,
     error::{Exit, Failure, Result},
     output::{Format, Table, write_bytes},
@@ -38,6 +42,10 @@ pub(crate) enum Command {
     Seal(ceremony::Seal),
     /// On the machine with the root's key: sign a new issuing CA
     SignIssuer(ceremony::SignIssuer),
+    /// Publish the next CRL of a root whose key is elsewhere
+    ImportCrl(ImportCrl),
+    /// Journal, sealed keys, CRLs and settings in one encrypted file; as root on the controller
+    Backup(backup::Backup),
 }
 
 #[derive(Debug, clap::Args)]
@@ -54,6 +62,34 @@ pub(crate) struct Crl {
     der: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub(crate) struct ImportCrl {
+    /// The CRL, PEM or DER
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+impl ImportCrl {
+    async fn run(self, app: &App) -> Result<()> {
+        let failed = |error| Failure::file("read", &self.file, &error);
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(&self.file).map_err(failed)?;
+        // One more than allowed, so that the controller's limit is what refuses it.
+        std::io::Read::read_to_end(&mut std::io::Read::take(file, CRL_BYTES_MAX as u64 + 1), &mut bytes)
+            .map_err(failed)?;
+        let der = match parse_crls(&bytes).as_deref() {
+            Ok([der]) => der.clone(),
+            _ => bytes,
+        };
+        let request = pb::ImportCrlRequest { crl: der.into(), operation_id: operation_id() };
+        let done = app.ask(client!(CaClient<_>, app.controller().await?).import_crl(request)).await?;
+        let name = self.file.display().to_string();
+        let body = json!({ "path": name, "detail": done.detail });
+        app.out.action("RootCrl", done.changed, body, &name, &[safe(&done.detail).into_owned()]);
+        Ok(())
+    }
+}
+
 impl Command {
     pub(crate) async fn run(self, app: &App) -> Result<Exit> {
         match self {
@@ -65,6 +101,8 @@ impl Command {
             Self::Rotate(rotate) => return rotate.run(app).await,
             Self::Seal(seal) => return seal.run(app).await,
             Self::SignIssuer(sign) => return sign.run(app),
+            Self::ImportCrl(import) => import.run(app).await?,
+            Self::Backup(backup) => return backup.run(app).await,
         }
         Ok(Exit::Done)
     }

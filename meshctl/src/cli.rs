@@ -168,6 +168,7 @@ mod tests {
             node revoke web-1 --wait=5s | node rm web-1 | node rotate-keys web-1 | node ls --watch | node ls -o json | node ls --watch=5s
             cert issue api.mesh.internal 100.64.0.1 --out d --profile server --ttl 24h --owner a:b --mode 0640 --reload x --rotate-key
             cert issue api.mesh.internal --combined --p12 --p12-passphrase-file f
+            ca backup --out f --passphrase-file p | ca import-crl f
             cert issue --csr - | cert issue --csr f -o json | cert ls --expiring 30d --node web-1 | cert inspect https://h:1 | cert inspect f.pem | ca trust install --root d | ca trust remove | cert ls --name api --issuer 0a --state revoked | doctor --outage 60h | cert show 00ff | cert show f.pem | cert renew api
             cert revoke api --reason superseded --wait=30s | cert verify f.pem
             ca rotate start --root --auto | ca rotate start --request-out f | ca rotate start --response f --auto | ca rotate status | ca rotate advance | ca rotate abort --yes

@@ -30,6 +30,8 @@ pub(crate) enum Role {
 pub(crate) enum Controller {
     /// Make a new mesh: root and issuing CA, journal, starter policy.
     Init(ControllerInit),
+    /// Make a controller from a backup; the one it was taken from must not run any more.
+    Restore(ControllerRestore),
     /// Serve the mesh.
     #[command(after_help = EXIT_CODES)]
     Run(ControllerRun),
@@ -110,6 +112,41 @@ pub(crate) struct ControllerInit {
     /// File whose first line is the passphrase; `-` for stdin.
     #[arg(long, value_name = "F", env = "MESH_PASSPHRASE_FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
+    /// Take over this root, PEM or PKCS #12, in place of a new one; beside --import-issuer its certificate alone.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) import_root: Option<PathBuf>,
+    /// Take over this issuing CA, PEM or PKCS #12; its root's key stays where it is.
+    #[arg(long, value_name = "FILE", requires = "import_crl")]
+    pub(crate) import_issuer: Option<PathBuf>,
+    /// Key of the CA that is taken over, if it is in a file of its own: PKCS #8, encrypted or not, or OpenSSL's older forms.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) import_key: Option<PathBuf>,
+    /// The root's newest CRL, PEM or DER.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) import_crl: Option<PathBuf>,
+    /// File whose first line opens the imported key or PKCS #12 file; `-` for stdin. Asked for if needed.
+    #[arg(long, value_name = "F", env = "MESH_IMPORT_PASSPHRASE_FILE")]
+    pub(crate) import_passphrase_file: Option<PathBuf>,
+    /// Draw the issuing CA's key in this hardware token, where it stays:
+    /// `pkcs11:token=LABEL?module-path=/path/to/module.so` (RFC 7512), with `&pin-source=FILE` if wanted.
+    #[arg(long, value_name = "URI", env = "MESH_KEY_STORE")]
+    pub(crate) key_store: Option<String>,
+    /// File whose first line is the token's PIN; `-` for stdin. Asked for if needed.
+    #[arg(long, value_name = "F", env = "MESH_PIN_FILE")]
+    pub(crate) pin_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ControllerRestore {
+    /// Folder to make; must not exist.
+    #[arg(long, value_name = "DIR", env = "MESH_STATE_DIR", default_value = "/var/lib/meshd/controller")]
+    pub(crate) state_dir: PathBuf,
+    /// The file that `meshctl ca backup` wrote.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) from: PathBuf,
+    /// File whose first line is the backup's passphrase; `-` for stdin. Asked for if needed.
+    #[arg(long, value_name = "F", env = "MESH_BACKUP_PASSPHRASE_FILE")]
+    pub(crate) backup_passphrase_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Args, Serialize)]
@@ -138,6 +175,14 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "F", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     passphrase_file: Option<String>,
+    /// Replaces the hardware token given to `init`, a pkcs11: URI.
+    #[arg(long, value_name = "URI", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key_store: Option<String>,
+    /// File whose first line is the token's PIN; `-` for stdin.
+    #[arg(long, value_name = "F", global = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pin_file: Option<String>,
     /// Address at which CRLs, CA certificates and OCSP are served over plain HTTP. Repeatable.
     #[arg(long, value_name = "ADDR:PORT", global = true)]
     #[serde(skip_serializing_if = "Vec::is_empty")]

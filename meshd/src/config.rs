@@ -28,6 +28,8 @@ pub(crate) struct ControllerSettings {
     pub(crate) socket: PathBuf,
     pub(crate) advertise: Vec<String>,
     pub(crate) passphrase_file: String,
+    pub(crate) key_store: String,
+    pub(crate) pin_file: String,
     pub(crate) publish_listen: Vec<SocketAddr>,
     pub(crate) publish_url: String,
     pub(crate) crl_shards: u16,
@@ -75,6 +77,8 @@ listen = "0.0.0.0:7443"
 socket = "/run/meshd/controller.sock"
 advertise = []
 passphrase_file = ""
+key_store = ""
+pin_file = ""
 publish_listen = []
 publish_url = ""
 crl_shards = 4

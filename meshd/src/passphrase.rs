@@ -1,4 +1,4 @@
-//! Where the passphrase of the CA's keys comes from: a file, systemd's credential, or a person.
+//! Where passphrases and PINs come from: a file, systemd's credential, or a person; never the command line.
 
 use std::{
     env,
@@ -16,27 +16,35 @@ use crate::failure::Failure;
 
 /// Longer files hold something else than a passphrase.
 const PASSPHRASE_BYTES_MAX: usize = 4096;
-/// Name of systemd's credential.
+/// Names of systemd's credentials.
 const CREDENTIAL: &str = "mesh-passphrase";
+const PIN_CREDENTIAL: &str = "mesh-pin";
+const PIN_FLAG: &str = "--pin-file";
 
 /// The first line of `path`; of stdin for `-`.
 pub(crate) fn from_file(path: &Path) -> Result<Passphrase, Failure> {
+    from_file_of(path, "--passphrase-file")
+}
+
+/// The same for the file that the flag `flag` names.
+pub(crate) fn from_file_of(path: &Path, flag: &str) -> Result<Passphrase, Failure> {
     if path == Path::new("-") {
-        return first_line(std::io::stdin().lock()).map_err(|why| unreadable("stdin", why));
+        return first_line(std::io::stdin().lock()).map_err(|why| unreadable("stdin", flag, why));
     }
     let name = path.display().to_string();
-    let file = fs::File::open(path).map_err(|error| unreadable(&name, error.to_string()))?;
+    let file = fs::File::open(path).map_err(|error| unreadable(&name, flag, error.to_string()))?;
     // systemd keeps its credentials to the service itself, by means that a mode does not show.
     let ours = path.parent().is_none_or(|folder| Some(folder.as_os_str()) != credentials().as_deref());
     if ours && file.metadata().is_ok_and(|metadata| is_exposed(&metadata)) {
         eprintln!("warning: others on this machine may read {name}; do: chmod 600 {name}");
     }
-    first_line(file).map_err(|why| unreadable(&name, why))
+    first_line(file).map_err(|why| unreadable(&name, flag, why))
 }
 
-fn unreadable(name: &str, why: String) -> Failure {
-    let next = "give --passphrase-file a readable file whose first line is the passphrase";
-    Failure { why, ..Failure::passphrase(format!("cannot read the passphrase file {name}"), next) }
+fn unreadable(name: &str, flag: &str, why: String) -> Failure {
+    let what = if flag == PIN_FLAG { "PIN" } else { "passphrase" };
+    let next = format!("give {flag} a readable file whose first line is the {what}");
+    Failure { why, ..Failure::passphrase(format!("cannot read the {what} file {name}"), next) }
 }
 
 /// Whether users other than its owner can read a file. Pipes and the like are for those who made them.
@@ -66,9 +74,21 @@ fn credentials() -> Option<OsString> {
 
 /// What systemd handed over, if it did.
 pub(crate) fn from_credential() -> Result<Option<Passphrase>, Failure> {
+    credential(CREDENTIAL, "--passphrase-file")
+}
+
+fn credential(name: &str, flag: &str) -> Result<Option<Passphrase>, Failure> {
     let Some(folder) = credentials() else { return Ok(None) };
-    let path = Path::new(&folder).join(CREDENTIAL);
-    if path.exists() { from_file(&path).map(Some) } else { Ok(None) }
+    let path = Path::new(&folder).join(name);
+    if path.exists() { from_file_of(&path, flag).map(Some) } else { Ok(None) }
+}
+
+/// A hardware token's PIN: from the file that was named, else from systemd.
+pub(crate) fn pin(file: Option<&Path>) -> Result<Option<Passphrase>, Failure> {
+    match file {
+        Some(path) => from_file_of(path, PIN_FLAG).map(Some),
+        None => credential(PIN_CREDENTIAL, PIN_FLAG),
+    }
 }
 
 /// Whether there is a person to ask.
@@ -78,7 +98,12 @@ pub(crate) fn can_ask() -> bool {
 
 /// Asks for the passphrase that unlocks what is there.
 pub(crate) fn ask() -> Result<Passphrase, Failure> {
-    prompt("passphrase of the CA's keys: ").map(Passphrase::new)
+    ask_for("passphrase of the CA's keys")
+}
+
+/// Asks for something that nobody may see.
+pub(crate) fn ask_for(what: &str) -> Result<Passphrase, Failure> {
+    prompt(&format!("{what}: ")).map(Passphrase::new)
 }
 
 /// Asks twice for the passphrase that shall seal what is made.

@@ -17,6 +17,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     keep_memory_private()?;
     match cli.role {
         cli::Role::Controller(cli::Controller::Init(init)) => controller_init(init),
+        cli::Role::Controller(cli::Controller::Restore(restore)) => controller_restore(restore),
         cli::Role::Controller(cli::Controller::Run(flags)) => controller_run(&Settings::controller(&flags)?),
         cli::Role::Controller(cli::Controller::Config { verb, run }) => {
             let settings = Settings::controller(&run)?;
@@ -52,6 +53,13 @@ fn show(verb: ConfigVerb, settings: &Settings) {
 
 fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
     let (unlock, passphrase) = sealing(&init)?;
+    let import = importing(&init)?;
+    let key_store = init.key_store.as_deref().map(token_place).transpose()?;
+    let mut pin = passphrase::pin(init.pin_file.as_deref())?;
+    let unsaid = key_store.as_ref().is_some_and(|place| place.pin_source().is_none());
+    if unsaid && pin.is_none() && passphrase::can_ask() {
+        pin = Some(passphrase::ask_for("PIN of the hardware token")?);
+    }
     let first_label = init.domain.split('.').next().unwrap_or_default().to_owned();
     let config = mesh_controller::InitConfig {
         state_dir: init.state_dir,
@@ -63,8 +71,21 @@ fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
         ipv4_pool: init.ipv4_pool,
         unlock,
         passphrase,
+        import,
+        key_store,
+        pin,
     };
-    let summary = mesh_controller::init(config, Arc::new(mesh_runtime::SystemClock))?;
+    let clock = || Arc::new(mesh_runtime::SystemClock);
+    let summary = match mesh_controller::init(config.clone(), clock()) {
+        Err(error)
+            if error.code() == mesh_controller::ErrorCode::ImportPassphrase && passphrase::can_ask() =>
+        {
+            let passphrase = Some(passphrase::ask_for("passphrase of the CA to import")?);
+            let import = config.import.map(|import| mesh_controller::ImportConfig { passphrase, ..import });
+            mesh_controller::init(mesh_controller::InitConfig { import, ..config }, clock())?
+        }
+        made => made?,
+    };
     let root: String = summary.root_spki_sha256.iter().map(|byte| format!("{byte:02x}")).collect();
     println!("mesh {} created in {}", summary.domain, summary.state_dir.display());
     println!("  root key sha256:{root}, until {}", summary.root_not_after.date());
@@ -73,6 +94,56 @@ fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
     if summary.unlock == mesh_controller::Unlock::None {
         eprintln!("warning: the CA's keys are not sealed; whoever reads this disk or its backup is the CA");
     }
+    println!("next: meshd controller run --state-dir {}", summary.state_dir.display());
+    Ok(())
+}
+
+/// The CA that takes the place of a new one, if one was named.
+fn importing(init: &cli::ControllerInit) -> Result<Option<mesh_controller::ImportConfig>, Failure> {
+    use mesh_controller::ImportKind;
+    let files: Vec<PathBuf> =
+        [&init.import_issuer, &init.import_root, &init.import_key].into_iter().flatten().cloned().collect();
+    let kind = match (&init.import_root, &init.import_issuer) {
+        (_, Some(_)) => ImportKind::Issuer,
+        (Some(_), None) => ImportKind::Root,
+        (None, None) if files.is_empty() && init.import_crl.is_none() => return Ok(None),
+        (None, None) => {
+            return Err(Failure::config(
+                "--import-key and --import-crl belong to a CA",
+                "neither --import-root nor --import-issuer names one",
+            ));
+        }
+    };
+    let passphrase = init.import_passphrase_file.as_deref();
+    let passphrase =
+        passphrase.map(|path| passphrase::from_file_of(path, "--import-passphrase-file")).transpose()?;
+    Ok(Some(mesh_controller::ImportConfig { kind, files, crl: init.import_crl.clone(), passphrase }))
+}
+
+fn token_place(uri: &str) -> Result<mesh_controller::HsmPlace, Failure> {
+    mesh_controller::HsmPlace::parse(uri)
+        .map_err(|problem| Failure::config("key_store cannot be used", format!("the URI {problem}")))
+}
+
+fn controller_restore(restore: cli::ControllerRestore) -> Result<(), Failure> {
+    let passphrase = match &restore.backup_passphrase_file {
+        Some(file) => passphrase::from_file_of(file, "--backup-passphrase-file")?,
+        None if passphrase::can_ask() => passphrase::ask_for("passphrase of the backup")?,
+        None => {
+            return Err(Failure::passphrase(
+                "no passphrase for the backup",
+                "give --backup-passphrase-file F",
+            ));
+        }
+    };
+    let config =
+        mesh_controller::RestoreConfig { state_dir: restore.state_dir, backup: restore.from, passphrase };
+    let clock: mesh_runtime::SharedClock = Arc::new(mesh_runtime::SystemClock);
+    let summary = mesh_controller::restore(&config, &clock)?;
+    println!("mesh {} restored in {}", summary.domain, summary.state_dir.display());
+    println!("  as of {}, record {}", summary.taken_at, summary.seq);
+    println!("  keys unlocked by {}, as before", summary.unlock.name());
+    eprintln!("warning: what happened after the backup is forgotten; revoke again what was revoked since");
     println!("next: meshd controller run --state-dir {}", summary.state_dir.display());
     Ok(())
 }
@@ -124,6 +195,8 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         Some(file) => Some(passphrase::from_file(&PathBuf::from(file))?),
         None => passphrase::from_credential()?,
     };
+    let key_store = optional(&parsed.key_store).as_deref().map(token_place).transpose()?;
+    let pin = passphrase::pin(optional(&parsed.pin_file).map(PathBuf::from).as_deref())?;
     let stun_listen = match parsed.stun_listen.as_str() {
         "" => mesh_controller::StunListen::LikeTls,
         "off" => mesh_controller::StunListen::Off,
@@ -152,6 +225,8 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         socket: parsed.socket,
         advertise: parsed.advertise,
         passphrase,
+        key_store,
+        pin,
         publish_listen: parsed.publish_listen,
         publishing: mesh_controller::Publishing {
             url: optional(&parsed.publish_url),
@@ -163,12 +238,23 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         announce: true,
     };
     let log = parsed.log_format;
-    match serve(log, |shutdown| mesh_controller::run(config.clone(), shutdown))? {
-        Err(mesh_controller::StartupError::PassphraseMissing) if passphrase::can_ask() => {
-            let config = mesh_controller::RunConfig { passphrase: Some(passphrase::ask()?), ..config };
-            Ok(serve(log, |shutdown| mesh_controller::run(config, shutdown))??)
+    // Each is asked for once, and only if it is missed.
+    let mut config = config;
+    loop {
+        let ended = serve(log, |shutdown| mesh_controller::run(config.clone(), shutdown))?;
+        match ended {
+            Err(mesh_controller::StartupError::PassphraseMissing)
+                if config.passphrase.is_none() && passphrase::can_ask() =>
+            {
+                config.passphrase = Some(passphrase::ask()?);
+            }
+            Err(mesh_controller::StartupError::PinMissing)
+                if config.pin.is_none() && passphrase::can_ask() =>
+            {
+                config.pin = Some(passphrase::ask_for("PIN of the hardware token")?);
+            }
+            ended => return Ok(ended?),
         }
-        ended => Ok(ended?),
     }
 }
 

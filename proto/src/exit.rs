@@ -68,12 +68,19 @@ impl ErrorCode {
             | C::ApprovalPending
             | C::HookFailed
             | C::Pkcs12Refused
+            | C::ImportRefused
+            | C::ImportName
+            | C::TokenUnavailable
+            | C::SealedKeyCost
+            | C::BackupRefused
             | C::CertificateInvalid
             | C::AddressesExhausted
             | C::Internal
             | C::ClockJump => Exit::Failed,
             C::ConfigInvalid
             | C::PassphraseMissing
+            | C::ImportPassphrase
+            | C::PinMissing
             | C::NameInvalid
             | C::NameWildcard
             | C::CsrInvalid
@@ -87,6 +94,7 @@ impl ErrorCode {
             | C::Usage => Exit::Usage,
             C::NotAllReached | C::RotationWaits => Exit::Findings,
             C::PassphraseWrong
+            | C::PinWrong
             | C::CaKeyMismatch
             | C::ControllerNotTrusted
             | C::Denied

@@ -5,6 +5,7 @@ mod crash;
 mod demo;
 mod ends;
 mod enrollment;
+mod hardware;
 mod host;
 mod judged;
 mod lifetime;

@@ -32,6 +32,8 @@ const NODES_TOO: [&str; 6] = [
 ];
 /// What a token in the message opens.
 const TOKEN_HOLDERS: [&str; 2] = ["/mesh.v1.Enrollment/Enroll", "/mesh.v1.Operators/Login"];
+/// A copy of the CA is for root on the controller's host.
+const ROOT_ONLY: [&str; 1] = ["/mesh.v1.Ca/Backup"];
 /// Revocation lists are for everybody with a certificate.
 const MEMBERS: [&str; 1] = ["/mesh.v1.Certificates/Crls"];
 
@@ -95,7 +97,7 @@ fn every_kind_of_caller_is_kept_to_its_own_methods() {
         fleet.add_host("desk");
         log_in(&fleet, "desk", "alice", "admin");
         let admin = Credential::of_operator(&fleet, "desk");
-        let kept_out = owned(&[&NODE_ONLY[..], &TOKEN_HOLDERS].concat());
+        let kept_out = owned(&[&NODE_ONLY[..], &TOKEN_HOLDERS, &ROOT_ONLY].concat());
         assert_all_denied("an admin", call_all(&fleet, "desk", Some(&admin), &kept_out));
         let listings = owned(&["/mesh.v1.Nodes/List", "/mesh.v1.Operators/List", "/mesh.v1.Ca/Show"]);
         assert_reached("an admin", call_all(&fleet, "desk", Some(&admin), &listings));
@@ -195,6 +197,9 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         ipv4_pool: "100.64.0.0/10".parse().unwrap(),
         unlock: mesh_controller::Unlock::None,
         passphrase: None,
+        import: None,
+        key_store: None,
+        pin: None,
     };
     mesh_controller::init(init, Arc::clone(&clock)).unwrap();
     let config = mesh_controller::RunConfig {
@@ -203,6 +208,8 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         socket: folder.path().join("controller.sock"),
         advertise: vec![],
         passphrase: None,
+        key_store: None,
+        pin: None,
         publish_listen: vec![],
         publishing: mesh_controller::Publishing::default(),
         stun_listen: mesh_controller::StunListen::LikeTls,

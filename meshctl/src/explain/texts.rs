@@ -189,6 +189,46 @@ pub(super) const fn text(code: ErrorCode) -> Text {
             "The same request was made before the controller was restarted. The controller keeps only a hash of a token's secret, so it cannot give the same answer again.",
             "`meshctl token revoke ID` ends the token of the first answer; then create another.",
         ),
+        ErrorCode::ImportRefused => (
+            "the CA cannot be taken over",
+            "Its files cannot be read, do not belong together, or hold a CA that strict verifiers refuse: ended, no CA, a wrong key usage, a weak key, a root without a CRL. Nothing was made.",
+            "The error names the fault. Issue the CA anew without it, or let `meshd controller init` make a new one.",
+        ),
+        ErrorCode::ImportName => (
+            "the CA's name cannot be reproduced",
+            "What a CA signs names its issuer byte for byte (RFC 5280 §4.1.2.4). This CA's name has an attribute twice (as in DC=example,DC=com), or a text type of the last century, which meshd would write another way, and strict verifiers would find no path. Nothing was made.",
+            "Let that CA sign an issuing CA for meshd whose name has each attribute once, and import that with --import-issuer. The root's own name does not matter then.",
+        ),
+        ErrorCode::ImportPassphrase => (
+            "the imported key's passphrase is missing or wrong",
+            "The key or PKCS #12 file is encrypted. Passphrases are never taken from the command line, where other users can see them. Nothing was made.",
+            "Put the passphrase into the first line of a file and give --import-passphrase-file FILE.",
+        ),
+        ErrorCode::TokenUnavailable => (
+            "the hardware token with the CA's key cannot be used",
+            "Its PKCS #11 module cannot be loaded, no token has the label, the key is not in it, it was taken out, or it answered with something that is no signature. Nothing was signed.",
+            "Plug the token in and check --key-store. After a token was out, restart the controller.",
+        ),
+        ErrorCode::PinWrong => (
+            "the hardware token refuses the PIN",
+            "The PIN is wrong, or locked after too many wrong ones. Nothing was signed.",
+            "Check the PIN file. A locked PIN is reset with the security officer's PIN and the vendor's tool.",
+        ),
+        ErrorCode::PinMissing => (
+            "no PIN for the hardware token",
+            "The CA's key is in a token, which signs only after its PIN. PINs are never taken from the command line.",
+            "Give --pin-file, MESH_PIN_FILE, the systemd credential `mesh-pin`, or pin-source in --key-store.",
+        ),
+        ErrorCode::SealedKeyCost => (
+            "a CA key file was made easier to guess",
+            "The header of the sealed key asks for less work (or far more) for each guess of the passphrase than meshd ever writes. Somebody changed the file. It is refused before the passphrase is used, and nothing was signed.",
+            "Put the file back from a backup, find out who can write to the state directory, and consider a new passphrase.",
+        ),
+        ErrorCode::BackupRefused => (
+            "the backup cannot be used",
+            "It is no backup of a controller, was cut off, or its parts contradict each other. Nothing was made.",
+            "Take another copy or an older backup.",
+        ),
         ErrorCode::Pkcs12Refused => (
             "the PKCS #12 file cannot be made",
             "The file with its passphrase cannot be read, its first line is empty or no UTF-8, or the passphrase has a character that PKCS #12 does not know. The pair in the folder stays as it was.",

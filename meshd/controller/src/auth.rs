@@ -98,6 +98,8 @@ use Kind::{Anonymous, ExpiredNode, LocalRoot, Node, Operator, Service};
 
 /// Callers that run the fleet. What each operator's role allows is decided with the command.
 const OPERATORS: &[Kind] = &[Operator, LocalRoot];
+/// What only the controller's own host may have.
+const ROOT: &[Kind] = &[LocalRoot];
 const NODES: &[Kind] = &[Node];
 const NODES_AND_OPERATORS: &[Kind] = &[Node, Operator, LocalRoot];
 const MEMBERS: &[Kind] = &[Node, Service, Operator, LocalRoot];
@@ -146,6 +148,8 @@ pub(crate) const TABLE: &[(&str, &[Kind])] = &[
     ("/mesh.v1.Ca/ExportRoot", OPERATORS),
     ("/mesh.v1.Ca/Seal", OPERATORS),
     ("/mesh.v1.Ca/RequestIssuer", OPERATORS),
+    ("/mesh.v1.Ca/ImportCrl", OPERATORS),
+    ("/mesh.v1.Ca/Backup", ROOT),
     ("/mesh.v1.Fleet/Status", OPERATORS),
     ("/mesh.v1.Fleet/ConfirmClock", OPERATORS),
 ];
@@ -222,6 +226,9 @@ mod tests {
                     assert!(!allowed(other), "{path} {other:?}");
                 }
             }
+            let for_operators =
+                !for_nodes && !["/Enroll", "/Login", "/Backup"].iter().any(|p| path.ends_with(p));
+            assert_eq!(allowed(&operator), for_operators, "{path}");
             assert_eq!(allowed(&expired), path.ends_with("/Resume"), "{path}");
             assert_eq!(allowed(&service), path.ends_with("/Crls"), "{path}");
             assert_eq!(allowed(&stranger), path.ends_with("/Enroll") || path.ends_with("/Login"), "{path}");

@@ -22,6 +22,8 @@ use zeroize::Zeroizing;
 
 use crate::config::{Passphrase, Unlock};
 use crate::error::StartupError;
+use crate::hardware::{Hsm, TOKEN_FILE_SUFFIX, read_token_file, write_token_file};
+use crate::import::{Foreign, ImportProblem};
 use crate::profiles::{self, Custom};
 use crate::state::{read_file, replace_file};
 use crate::status::Problem;
@@ -36,6 +38,8 @@ pub(crate) struct Authority {
     keys: PathBuf,
     /// Seals the keys of authorities to come.
     passphrase: Option<Passphrase>,
+    /// Keeps the keys of issuing authorities, if keys are kept in hardware.
+    token: Option<Hsm>,
     /// The authorities that `init` made: their keys have names of their own.
     initial: BTreeSet<mesh_core::KeyId>,
     ring: RwLock<Ring>,
@@ -65,6 +69,19 @@ impl fmt::Debug for Authority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Authority").field("domain", &self.domain).finish_non_exhaustive()
     }
+}
+
+/// What `init` shall make its authorities of.
+pub(crate) struct Making<'a> {
+    pub(crate) keys: &'a Path,
+    pub(crate) domain: &'a TrustDomain,
+    pub(crate) fleet: &'a str,
+    pub(crate) passphrase: Option<&'a Passphrase>,
+    /// Keeps the issuing key.
+    pub(crate) token: Option<&'a Hsm>,
+    /// A CA that takes the place of a new one.
+    pub(crate) foreign: Option<&'a Foreign>,
+    pub(crate) now: UtcDateTime,
 }
 
 /// What `init` made, before anything of it is recorded.
@@ -123,53 +140,36 @@ impl LeafRequest {
 }
 
 impl Authority {
-    /// Draws both keys, makes both certificates and writes the keys below `keys`.
-    pub(crate) fn create(
-        keys: &Path,
-        domain: &TrustDomain,
-        fleet: &str,
-        passphrase: Option<&Passphrase>,
-        now: UtcDateTime,
-    ) -> Result<NewAuthority, StartupError> {
-        let failed = |problem: KeyProblem| problem.at_start(keys);
-        let root_key = NewKey::draw(key_id(ROOT_KEY_ID), KeyPurpose::Root, passphrase).map_err(failed)?;
-        let issuing_key =
-            NewKey::draw(key_id(ISSUING_KEY_ID), KeyPurpose::Issuing, passphrase).map_err(failed)?;
-        let naming = mesh_ca::CaNaming { mesh: fleet, now };
-        let root_certificate = mesh_ca::create_root(&root_key.store, &root_key.id, naming, &mut random_fill)
-            .map_err(internal("cannot make the root CA"))?;
-        let root = Issuer::new(&root_certificate.der, root_key.id.clone(), domain.clone(), &root_key.store)
-            .map_err(internal("cannot use the root CA"))?;
-        let public = issuing_key
-            .store
-            .public_key(&issuing_key.id)
-            .map_err(internal("cannot use the issuing CA's key"))?;
-        let issuing_certificate = mesh_ca::create_issuing_ca_for(
-            &root,
-            &root_key.store,
-            &public,
-            naming,
-            &mesh_ca::Pointers::default(),
-            &mut random_fill,
-        )
-        .map_err(internal("cannot make the issuing CA"))?;
-        for key in [&root_key, &issuing_key] {
-            key.write(keys).map_err(failed)?;
-        }
-        let record = |der: &[u8], is_root| CaRecord {
-            key_id: mesh_core::KeyId(
-                mesh_ca::ca_key_identifier(der).map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
-            ),
-            der: der.to_vec(),
-            is_root,
-            sealed: false,
+    /// Draws the keys that are not brought along, makes their certificates and writes the keys below `keys`.
+    ///
+    /// # Errors
+    /// A key that was drawn in a token for nothing is taken out again.
+    pub(crate) fn create(making: &Making<'_>) -> Result<NewAuthority, StartupError> {
+        let failed = |problem: KeyProblem| problem.at_start(making.keys);
+        let Some(foreign) = making.foreign else {
+            let key =
+                NewKey::draw(key_id(ROOT_KEY_ID), KeyPurpose::Root, making.passphrase).map_err(failed)?;
+            let naming = mesh_ca::CaNaming { mesh: making.fleet, now: making.now };
+            let root = mesh_ca::create_root(&key.store, &key.id, naming, &mut random_fill)
+                .map_err(internal("cannot make the root CA"))?;
+            let made = making.below(&key, &root.der)?;
+            key.write(making.keys).map_err(failed)?;
+            return making.sum_up(&root.der, false, &made);
         };
-        Ok(NewAuthority {
-            root_spki_sha256: root_certificate.key_hash,
-            root_not_after: root_certificate.not_after,
-            issuing_not_after: issuing_certificate.not_after,
-            cas: vec![record(&root_certificate.der, true), record(&issuing_certificate.der, false)],
-        })
+        let brought = |name, purpose| {
+            NewKey::take(key_id(name), &foreign.ca.pkcs8, purpose, making.passphrase).map_err(failed)
+        };
+        if foreign.ca.is_root() {
+            let key = brought(ROOT_KEY_ID, KeyPurpose::Root)?;
+            let made = making.below(&key, &foreign.ca.certificate)?;
+            key.write(making.keys).map_err(failed)?;
+            return making.sum_up(foreign.root(), false, &made);
+        }
+        let key = brought(ISSUING_KEY_ID, KeyPurpose::Issuing)?;
+        let der = foreign.ca.certificate.to_vec();
+        making.try_out(foreign.root(), &der, key.id.clone(), &key.store)?;
+        key.write(making.keys).map_err(failed)?;
+        making.sum_up(foreign.root(), true, &der)
     }
 
     /// Opens the keys of all authorities that answer but sealed ones, and binds each to the certificate that World
@@ -183,6 +183,7 @@ impl Authority {
         world: &WorldKeys,
         unlock: Unlock,
         passphrase: Option<&Passphrase>,
+        token: Option<Hsm>,
     ) -> Result<Self, StartupError> {
         let passphrase = match unlock {
             Unlock::None => None,
@@ -192,6 +193,7 @@ impl Authority {
             domain: domain.clone(),
             keys: keys.into(),
             passphrase: passphrase.cloned(),
+            token,
             initial: world.initial.clone(),
             ring: RwLock::default(),
         };
@@ -206,7 +208,11 @@ impl Authority {
                     _ => continue,
                 }
             }
-            let signer = match authority.open_key(known, &path) {
+            let opened = match authority.token_file(known) {
+                Some(path) => authority.open_in_token(known, &path),
+                None => authority.open_key(known, &path),
+            };
+            let signer = match opened {
                 Err(StartupError::StateIo { source, .. })
                     if source.kind() == std::io::ErrorKind::NotFound && !known.standing.is_trusted() =>
                 {
@@ -264,6 +270,9 @@ impl Authority {
                     mesh_ca::SealError::OtherKey { .. } | mesh_ca::SealError::OtherPurpose => {
                         mismatch(&error.to_string())
                     }
+                    mesh_ca::SealError::Cost(_) => {
+                        StartupError::SealedKeyCost { path: path.into(), source: error }
+                    }
                     other => StartupError::StateCorrupt {
                         path: path.into(),
                         what: "a CA key cannot be opened".into(),
@@ -280,6 +289,35 @@ impl Authority {
         let issuer = Issuer::new(&known.der, id, self.domain.clone(), &store)
             .map_err(|error| mismatch(&format!("it does not belong to its certificate: {error}")))?;
         Ok(Signer { issuer, store: Box::new(store) })
+    }
+
+    fn open_in_token(&self, known: &mesh_core::Authority, path: &Path) -> Result<Signer, StartupError> {
+        let id = read_token_file(path)?;
+        let token = self.token.as_ref().ok_or_else(|| StartupError::Config {
+            key: "key_store",
+            problem: format!("the key {id} is in a hardware token, and no token is configured"),
+        })?;
+        let store = token.open(&id).map_err(|source| StartupError::Hardware { source })?;
+        let issuer = Issuer::new(&known.der, id, self.domain.clone(), &store).map_err(|error| {
+            StartupError::CaKeyMismatch {
+                path: path.into(),
+                what: format!("the token's key does not belong to its certificate: {error}"),
+            }
+        })?;
+        Ok(Signer { issuer, store: Box::new(store) })
+    }
+
+    /// The file that says under which label an authority's key is in the token; `None` if it is not there.
+    fn token_file(&self, known: &mesh_core::Authority) -> Option<PathBuf> {
+        let path = self.key_file(known).with_extension(TOKEN_FILE_SUFFIX);
+        let first = self.keys.join(format!("{ISSUING_KEY_ID}.{TOKEN_FILE_SUFFIX}"));
+        let of_init = self.initial.contains(&known.key_id) && !known.is_root;
+        [Some(path), Some(first).filter(|_| of_init)].into_iter().flatten().find(|path| path.exists())
+    }
+
+    /// The token that keeps the keys of issuing authorities.
+    pub(crate) fn token(&self) -> Option<&Hsm> {
+        self.token.as_ref()
     }
 
     /// Where the sealed key of an authority lies: under a name of its own, or the one it has had since `init`.
@@ -322,7 +360,16 @@ impl Authority {
     pub(crate) fn discard_ended(&self, world: &WorldKeys) {
         let ended = world.all.iter().filter(|known| !world.answering.contains(known));
         for known in ended {
-            match std::fs::remove_file(self.key_file(known)) {
+            let file = match self.token_file(known) {
+                Some(file) => {
+                    if let (Some(token), Ok(id)) = (&self.token, read_token_file(&file)) {
+                        token.destroy(&id);
+                    }
+                    file
+                }
+                None => self.key_file(known),
+            };
+            match std::fs::remove_file(file) {
                 Ok(()) => tracing::info!(issuer = %known.key_id, "the key of a CA that has ended is removed"),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
@@ -599,6 +646,116 @@ impl WorldKeys {
     }
 }
 
+impl Making<'_> {
+    /// An issuing CA below the root whose key is here: drawn, certified, and written or kept in the token.
+    fn below(&self, root_key: &NewKey, root_der: &[u8]) -> Result<Vec<u8>, StartupError> {
+        let failed = |problem: KeyProblem| problem.at_start(self.keys);
+        let root = Issuer::new(root_der, root_key.id.clone(), self.domain.clone(), &root_key.store)
+            .map_err(|error| self.refused(error))?;
+        let Some(token) = self.token else {
+            let key =
+                NewKey::draw(key_id(ISSUING_KEY_ID), KeyPurpose::Issuing, self.passphrase).map_err(failed)?;
+            let der = self.certify((&root, &root_key.store), (&key.id, &key.store))?;
+            key.write(self.keys).map_err(failed)?;
+            return Ok(der);
+        };
+        let label = Hsm::fresh_label();
+        let store = token.generate(&label).map_err(|source| StartupError::Hardware { source })?;
+        let path = self.keys.join(format!("{ISSUING_KEY_ID}.{TOKEN_FILE_SUFFIX}"));
+        let made = self.certify((&root, &root_key.store), (&label, &store)).and_then(|der| {
+            write_token_file(&path, &label).map_err(|error| StartupError::io("write", &path, error))?;
+            Ok(der)
+        });
+        if made.is_err() {
+            token.destroy(&label);
+        }
+        made
+    }
+
+    fn certify(
+        &self,
+        (root, root_store): (&Issuer, &dyn KeyStore),
+        (id, store): (&KeyId, &dyn KeyStore),
+    ) -> Result<Vec<u8>, StartupError> {
+        let public = store.public_key(id).map_err(internal("cannot use the issuing CA's key"))?;
+        let naming = mesh_ca::CaNaming { mesh: self.fleet, now: self.now };
+        let none = mesh_ca::Pointers::default();
+        let made = mesh_ca::create_issuing_ca_for(root, root_store, &public, naming, &none, &mut random_fill)
+            .map_err(|error| self.refused(error))?;
+        self.try_out(root.certificate_der(), &made.der, id.clone(), store)?;
+        Ok(made.der)
+    }
+
+    /// Issues a node's certificate that nobody gets, and asks whether it would be accepted: what a CA's name constraints
+    /// or path length forbid shows here and not on the first server.
+    fn try_out(
+        &self,
+        root_der: &[u8],
+        issuing_der: &[u8],
+        id: KeyId,
+        store: &dyn KeyStore,
+    ) -> Result<(), StartupError> {
+        let sample = || -> Result<Vec<u8>, mesh_ca::IssueError> {
+            let issuer = Issuer::new(issuing_der, id, self.domain.clone(), store)?;
+            let key = LeafKey::generate()
+                .map_err(|source| mesh_ca::IssueError::KeyStore(mesh_ca::KeyStoreError::Generate(source)))?;
+            let name = label("sample").map_err(|_| mesh_ca::IssueError::MeshName)?;
+            let lifetime = Profile::Node.default_lifetime();
+            let mut template =
+                LeafTemplate::new(Profile::Node, Some(Identity::Node { name }), self.now, lifetime);
+            template.dns = DnsName::parse(&format!("sample.{}", self.domain)).into_iter().collect();
+            template.ips = vec![std::net::Ipv4Addr::new(100, 64, 0, 1).into()];
+            template.wireguard_keys = vec![[9; 32]];
+            mesh_ca::issue_leaf(&issuer, store, SubjectKey::Own(&key), &template, draw_serial())
+                .map(|issued| issued.der)
+        };
+        let leaf = sample().map_err(|error| self.refused(error))?;
+        let verify = || -> Result<(), mesh_ca::ChainError> {
+            let anchors = mesh_ca::TrustAnchors::new(self.domain.clone(), [root_der])?;
+            let chain = [rustls_pki_types::CertificateDer::from(issuing_der)];
+            mesh_ca::verify_chain(&leaf, &chain, &anchors, self.now, mesh_ca::Usage::Any, None).map(drop)
+        };
+        verify().map_err(|error| StartupError::Import { problem: ImportProblem::Sample(error) })
+    }
+
+    /// A CA that was brought along and cannot sign is its owner's affair, one of our own is ours.
+    fn refused(&self, error: mesh_ca::IssueError) -> StartupError {
+        match self.foreign {
+            Some(_) => StartupError::Import { problem: ImportProblem::Sign(error) },
+            None => StartupError::internal("cannot make a CA", error),
+        }
+    }
+
+    fn sum_up(
+        &self,
+        root_der: &[u8],
+        sealed: bool,
+        issuing_der: &[u8],
+    ) -> Result<NewAuthority, StartupError> {
+        let facts = |der: &[u8]| {
+            CaFacts::read(der).ok_or_else(|| StartupError::Internal {
+                what: "a CA certificate cannot be read back".into(),
+                source: None,
+            })
+        };
+        let record = |der: &[u8], is_root| CaRecord {
+            key_id: mesh_core::KeyId(
+                mesh_ca::ca_key_identifier(der).map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
+            ),
+            der: der.to_vec(),
+            is_root,
+            sealed: is_root && sealed,
+        };
+        let root = facts(root_der)?;
+        Ok(NewAuthority {
+            root_spki_sha256: root.spki_sha256,
+            root_not_after: root.not_after,
+            issuing_not_after: facts(issuing_der)?.not_after,
+            cas: vec![record(root_der, true), record(issuing_der, false)],
+        })
+    }
+}
+
 /// A key that was just drawn. Dropped, it never was.
 pub(crate) struct NewKey {
     pub(crate) id: KeyId,
@@ -636,6 +793,18 @@ impl NewKey {
         let mut store = MemoryKeyStore::new();
         let pkcs8 = store.generate(id.clone()).map_err(KeyProblem::Draw)?;
         Self::sealed(id, store, pkcs8, purpose, passphrase)
+    }
+
+    /// A key that was drawn elsewhere.
+    pub(crate) fn take(
+        id: KeyId,
+        pkcs8: &Zeroizing<Vec<u8>>,
+        purpose: KeyPurpose,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Self, KeyProblem> {
+        let mut store = MemoryKeyStore::new();
+        store.insert_pkcs8(id.clone(), pkcs8).map_err(KeyProblem::Draw)?;
+        Self::sealed(id, store, pkcs8.clone(), purpose, passphrase)
     }
 
     /// A key that waits on disk.

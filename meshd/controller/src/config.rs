@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
+use crate::hardware::HsmPlace;
+
 /// A passphrase. Has no readable `Debug`; wiped when dropped.
 #[derive(Clone)]
 pub struct Passphrase(Zeroizing<String>);
@@ -16,6 +18,10 @@ impl Passphrase {
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
     }
 }
 
@@ -70,6 +76,54 @@ pub struct InitConfig {
     pub unlock: Unlock,
     /// Seals the CA's keys; present unless `unlock` is [`Unlock::None`].
     pub passphrase: Option<Passphrase>,
+    /// A CA that exists already, in place of a new one.
+    pub import: Option<ImportConfig>,
+    /// The token that keeps the issuing CA's key, in place of a sealed file.
+    pub key_store: Option<HsmPlace>,
+    /// Of that token.
+    pub pin: Option<Passphrase>,
+}
+
+/// Which of the mesh's two CAs is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImportKind {
+    /// A root with its key; its issuing CA is made anew.
+    Root,
+    /// An issuing CA with its key, below a root whose key stays where it is.
+    Issuer,
+}
+
+/// A CA that was made elsewhere.
+#[derive(Debug, Clone)]
+pub struct ImportConfig {
+    pub kind: ImportKind,
+    /// Certificates and the key, each PEM or PKCS #12, in any order.
+    pub files: Vec<PathBuf>,
+    /// The root's newest CRL, PEM or DER. Needed beside an issuing CA; beside a root it must be empty.
+    pub crl: Option<PathBuf>,
+    /// Of an encrypted key or a PKCS #12 file.
+    pub passphrase: Option<Passphrase>,
+}
+
+/// What `restore` was asked to make.
+#[derive(Debug, Clone)]
+pub struct RestoreConfig {
+    /// Must not exist; its parent must.
+    pub state_dir: PathBuf,
+    pub backup: PathBuf,
+    /// The backup's own, given when it was taken.
+    pub passphrase: Passphrase,
+}
+
+/// What `restore` made.
+#[derive(Debug, Clone)]
+pub struct RestoreSummary {
+    pub state_dir: PathBuf,
+    pub domain: String,
+    pub taken_at: time::UtcDateTime,
+    /// Last record of the journal.
+    pub seq: u64,
+    pub unlock: Unlock,
 }
 
 /// What `init` made, for its last lines on the screen.
@@ -117,6 +171,10 @@ pub struct RunConfig {
     /// Overrides what `init` was told, when not empty.
     pub advertise: Vec<String>,
     pub passphrase: Option<Passphrase>,
+    /// Overrides the token that `init` was told.
+    pub key_store: Option<HsmPlace>,
+    /// Of the token that keeps CA keys, if one does.
+    pub pin: Option<Passphrase>,
     /// Where CRLs and CA certificates are served over plain HTTP; port 0 takes a free one.
     pub publish_listen: Vec<SocketAddr>,
     pub publishing: Publishing,

@@ -24,6 +24,7 @@ use crate::directory::Directory;
 use crate::enroll::Enroller;
 use crate::error::StartupError;
 use crate::gate::GateParts;
+use crate::hardware::{Hsm, HsmPlace};
 use crate::history::History;
 use crate::identity::IdentityAnswers;
 use crate::init::{check_advertised, check_publish_url};
@@ -152,12 +153,13 @@ impl Controller {
             url: config.publishing.url.clone().or_else(|| settings.publish_url.clone()),
             ..config.publishing.clone()
         };
-        let publisher = Arc::new(Publisher::new(
+        let publisher = Publisher::new(
             Arc::clone(&directory),
             writer.clone(),
             issuing.clone(),
             (Arc::clone(&clock), state.crls(), publishing),
-        ));
+        );
+        let publisher = Arc::new(publisher.numbered_from(settings.crl_number_floor.unwrap_or(0)));
         publisher
             .open_shards()
             .await
@@ -262,6 +264,7 @@ impl Controller {
             token_place: TokenPlace { controllers, trust_domain: domain.to_string() },
             token_secrets: TokenSecrets::new(),
             controller_name: settings.name,
+            state_dir: state.root().to_owned(),
             unlock: settings.unlock,
             directory,
             writer,
@@ -479,9 +482,16 @@ async fn open_authority(
 ) -> Result<Arc<Authority>, StartupError> {
     let (keys, domain, known) = (state.keys(), domain.clone(), WorldKeys::of(world));
     let (unlock, passphrase) = (settings.unlock, config.passphrase.clone());
+    if unlock != crate::config::Unlock::None && passphrase.is_none() {
+        return Err(StartupError::PassphraseMissing);
+    }
+    let stored = settings.key_store.as_deref().map(HsmPlace::parse).transpose();
+    let stored = stored.map_err(|problem| StartupError::Config { key: "key_store", problem })?;
+    let place = config.key_store.clone().or(stored);
+    let token = place.map(|place| Hsm::new(&place, config.pin.as_ref())).transpose()?;
     // Opening a sealed key is slow on purpose.
     let opened = tokio::task::spawn_blocking(move || {
-        Authority::open(&keys, &domain, &known, unlock, passphrase.as_ref())
+        Authority::open(&keys, &domain, &known, unlock, passphrase.as_ref(), token)
     });
     let authority =
         opened.await.map_err(|error| StartupError::internal("cannot open the CA's keys", error))??;

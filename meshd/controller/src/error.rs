@@ -4,7 +4,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use mesh_pkcs11::TokenError;
 use mesh_proto::v1::ErrorCode;
+
+use crate::backup::BackupError;
+use crate::import::ImportProblem;
 
 type Source = Box<dyn std::error::Error + Send + Sync>;
 
@@ -53,6 +57,27 @@ pub enum StartupError {
     PassphraseWrong,
     #[error("{} is not the key it should be: {what}", .path.display())]
     CaKeyMismatch { path: PathBuf, what: String },
+    #[error("{} asks for less work per guess of the passphrase than this program ever does", .path.display())]
+    SealedKeyCost {
+        path: PathBuf,
+        #[source]
+        source: mesh_ca::SealError,
+    },
+    #[error(transparent)]
+    Import { problem: ImportProblem },
+    #[error("the CA's key is in a hardware token and no PIN was given")]
+    PinMissing,
+    #[error("the hardware token with the CA's key cannot be used")]
+    Hardware {
+        #[source]
+        source: TokenError,
+    },
+    #[error("{} cannot be restored", .path.display())]
+    Backup {
+        path: PathBuf,
+        #[source]
+        source: BackupError,
+    },
     #[error("{address} is in use")]
     PortInUse { address: SocketAddr },
     #[error("cannot listen on {address}")]
@@ -89,6 +114,18 @@ impl StartupError {
             Self::PassphraseMissing => ErrorCode::PassphraseMissing,
             Self::PassphraseWrong => ErrorCode::PassphraseWrong,
             Self::CaKeyMismatch { .. } => ErrorCode::CaKeyMismatch,
+            Self::SealedKeyCost { .. } => ErrorCode::SealedKeyCost,
+            Self::Import { problem } => problem.code(),
+            Self::PinMissing => ErrorCode::PinMissing,
+            Self::Hardware { source: TokenError::WrongPin | TokenError::PinLocked } => ErrorCode::PinWrong,
+            Self::Hardware { .. } => ErrorCode::TokenUnavailable,
+            Self::Backup { source: BackupError::Passphrase, .. } => ErrorCode::PassphraseWrong,
+            Self::Backup { source: BackupError::Io(error), .. }
+                if error.kind() == io::ErrorKind::NotFound =>
+            {
+                ErrorCode::StateNotFound
+            }
+            Self::Backup { .. } => ErrorCode::BackupRefused,
             Self::PortInUse { .. } | Self::Listen { .. } => ErrorCode::PortInUse,
             Self::Config { .. } => ErrorCode::ConfigInvalid,
         }
@@ -135,6 +172,29 @@ impl StartupError {
             Self::CaKeyMismatch { .. } => {
                 "put the right key file back from a backup; nothing was signed".into()
             }
+            Self::SealedKeyCost { .. } => {
+                "put the key file back from a backup: somebody changed it; nothing was signed".into()
+            }
+            Self::Import { problem } => problem.next().into(),
+            Self::PinMissing => {
+                "give --pin-file FILE, MESH_PIN_FILE, the credential `mesh-pin`, or pin-source in --key-store".into()
+            }
+            Self::Hardware { source: TokenError::WrongPin } => {
+                "check the PIN; each wrong one costs one of the token's tries; nothing was signed".into()
+            }
+            Self::Hardware { source: TokenError::PinLocked } => {
+                "unlock the token with its security officer's PIN; nothing was signed".into()
+            }
+            Self::Hardware { source: TokenError::NoKey(_) } => {
+                "plug in the token that was there at init; the key is in no other place".into()
+            }
+            Self::Hardware { .. } => {
+                "plug the token in, and check module path and label in --key-store; nothing was signed".into()
+            }
+            Self::Backup { source: BackupError::Passphrase, .. } => {
+                "check the passphrase of the backup, then its copy: a changed byte looks the same".into()
+            }
+            Self::Backup { .. } => "take another copy or an older backup; nothing was made".into(),
             Self::PortInUse { .. } => {
                 "stop what listens there (`ss -ltnp`), or give --listen another port".into()
             }
@@ -173,6 +233,8 @@ impl StartupError {
             Self::DiskFull { .. } => "nothing is acknowledged before it is on disk".into(),
             Self::PassphraseMissing => "only the passphrase opens them".into(),
             Self::PassphraseWrong => "the sealed keys failed authentication".into(),
+            Self::PinMissing => "only its PIN makes the token sign".into(),
+            Self::Import { .. } => "nothing was made".into(),
             Self::PortInUse { .. } => "another process listens on that port".into(),
             _ => self.to_string(),
         }

@@ -5,11 +5,15 @@ use mesh_core::policy::STARTER_POLICY;
 use mesh_core::{Actor, Command, Decision, DnsName, OperationId, Request, UtcTime, World};
 use mesh_runtime::SharedClock;
 use mesh_store::{Append, Journal};
+use sha2::{Digest as _, Sha256};
 
-use crate::authority::{Authority, label};
+use crate::authority::{Authority, Making, label};
 use crate::codec::encode_record;
-use crate::config::{InitConfig, InitSummary, Unlock};
+use crate::config::{ImportKind, InitConfig, InitSummary, Unlock};
 use crate::error::StartupError;
+use crate::hardware::Hsm;
+use crate::import::{self, Foreign};
+use crate::publish::crl_file;
 use crate::state::{Settings, StateDir};
 
 /// Makes a new controller in `config.state_dir`. Nothing is listening afterwards.
@@ -19,8 +23,11 @@ use crate::state::{Settings, StateDir};
 /// was made is removed again.
 pub fn init(config: InitConfig, clock: SharedClock) -> Result<InitSummary, StartupError> {
     let domain = check(&config)?;
+    // Both before anything is made.
+    let foreign = config.import.as_ref().map(|import| import::read(import, clock.utc_now())).transpose()?;
+    let token = config.key_store.as_ref().map(|place| Hsm::new(place, config.pin.as_ref())).transpose()?;
     let (state, store) = StateDir::create(&config.state_dir)?;
-    let made = fill(&config, &domain, &state, store, &clock);
+    let made = fill(&config, (&domain, foreign.as_ref(), token.as_ref()), &state, store, &clock);
     if made.is_err() {
         // It is ours and of no use: a half-made one would only be in the way of the next try.
         let _ = std::fs::remove_dir_all(&config.state_dir);
@@ -30,14 +37,22 @@ pub fn init(config: InitConfig, clock: SharedClock) -> Result<InitSummary, Start
 
 fn fill(
     config: &InitConfig,
-    domain: &TrustDomain,
+    (domain, foreign, token): (&TrustDomain, Option<&Foreign>, Option<&Hsm>),
     state: &StateDir,
     mut store: mesh_store::Store,
     clock: &SharedClock,
 ) -> Result<InitSummary, StartupError> {
     let now = clock.utc_now();
     let passphrase = config.passphrase.as_ref().filter(|_| config.unlock != Unlock::None);
-    let made = Authority::create(&state.keys(), domain, &config.fleet, passphrase, now)?;
+    let made = Authority::create(&Making {
+        keys: &state.keys(),
+        domain,
+        fleet: &config.fleet,
+        passphrase,
+        token,
+        foreign,
+        now,
+    })?;
     let command = Command::CreateMesh {
         mesh_id: mesh_runtime::random_bytes(),
         journal_id: mesh_runtime::random_bytes(),
@@ -48,12 +63,36 @@ fn fill(
         cas: made.cas.clone(),
         starter_policy: STARTER_POLICY.to_owned(),
     };
-    record_first(&mut store, state, command, now.into())?;
+    let mut world = World::new();
+    record(&mut store, state, &mut world, (Actor::LocalRoot, command), now.into())?;
+    // The root signs elsewhere; its CRL is published as it came.
+    let below = foreign.filter(|foreign| !foreign.ca.is_root());
+    if let Some(crl) = below.and_then(|foreign| foreign.crl.as_ref()) {
+        let root = &made.cas[0].key_id;
+        state.write(&format!("crl/{}", crl_file(root, 0)), &crl.der)?;
+        let command = Command::RecordCrl {
+            issuer_key_id: root.clone(),
+            shard: 0,
+            number: crl.crl.number(),
+            covers_seq: 0,
+            digest: Sha256::digest(&crl.der).into(),
+            this_update: crl.crl.this_update().into(),
+            next_update: crl.crl.next_update().into(),
+        };
+        record(&mut store, state, &mut world, (Actor::Controller, command), now.into())?;
+    }
     state.write_settings(&Settings {
         name: config.name.clone(),
         unlock: config.unlock,
         advertise: config.advertise.clone(),
         publish_url: config.publish_url.clone(),
+        key_store: config.key_store.as_ref().map(|place| place.uri().to_owned()),
+        // What the CA signed before it came here may be about.
+        crl_number_floor: foreign.map(|foreign| {
+            let last =
+                foreign.crl.as_ref().filter(|_| foreign.ca.is_root()).map_or(0, |crl| crl.crl.number());
+            crl_number_floor(now).max(last.saturating_add(1))
+        }),
         incarnation: 1,
     })?;
     Ok(InitSummary {
@@ -66,15 +105,20 @@ fn fill(
     })
 }
 
-fn record_first(
+/// Milliseconds since 1970: above the numbers of all CRLs that were ever signed, as nobody signs one each millisecond.
+pub(crate) fn crl_number_floor(now: time::UtcDateTime) -> u64 {
+    u64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(0)
+}
+
+fn record(
     store: &mut mesh_store::Store,
     state: &StateDir,
-    command: Command,
+    world: &mut World,
+    (actor, command): (Actor, Command),
     at: UtcTime,
 ) -> Result<(), StartupError> {
-    let world = World::new();
     let operation = OperationId(mesh_runtime::random_bytes());
-    let request = Request { actor: Actor::LocalRoot, operation, command };
+    let request = Request { actor, operation, command };
     let decided = world.decide(at, &request).map_err(|error| config_error("mesh", error))?;
     let Decision::Changes(changes) = decided else {
         return Err(config_error("mesh", "there is one already"));
@@ -84,7 +128,10 @@ fn record_first(
         .map_err(|error| StartupError::internal("cannot encode the first record", error))?;
     let head = store.journal.head();
     match store.journal.append(&head, &[encoded]) {
-        Ok(Append::Appended { .. }) => Ok(()),
+        Ok(Append::Appended { head }) => {
+            world.apply(head.seq, &record);
+            Ok(())
+        }
         Ok(Append::Conflict { .. }) => Err(StartupError::StateExists { path: state.root().into() }),
         Ok(Append::Unknown { source }) => Err(StartupError::io("sync", state.root(), source)),
         Err(mesh_store::AppendError::Full { .. }) => {
@@ -99,6 +146,14 @@ fn check(config: &InitConfig) -> Result<TrustDomain, StartupError> {
     label(&config.name).map_err(|error| config_error("name", error))?;
     config.advertise.iter().try_for_each(|address| check_advertised(address))?;
     config.publish_url.iter().try_for_each(|url| check_publish_url(url))?;
+    if let (Some(import), Some(_)) = (&config.import, &config.key_store)
+        && import.kind == ImportKind::Issuer
+    {
+        return Err(config_error(
+            "key_store",
+            "an imported issuing CA brings its key in a file; only keys that are drawn now can be kept in a token",
+        ));
+    }
     match (&config.unlock, &config.passphrase) {
         (Unlock::None, _) | (_, Some(_)) => Ok(domain),
         (_, None) => Err(StartupError::PassphraseMissing),

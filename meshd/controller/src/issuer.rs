@@ -254,6 +254,9 @@ impl From<IssueProblem> for Problem {
             IssueProblem::Pointers(source) => {
                 Self::internal_error("the certificate cannot say where its CRL is", source)
             }
+            IssueProblem::Issue(mesh_ca::IssueError::KeyStore(source)) => {
+                Self::key_store("issue the certificate", source)
+            }
             IssueProblem::NoKey => Self::internal_error("certificate was not issued", &error),
             IssueProblem::Issue(other) => Self::internal_error("certificate was not issued", other),
         }

@@ -11,9 +11,12 @@ mod limits;
 mod metrics;
 
 mod controller;
+mod import;
 mod init;
+mod restore;
 
 mod archive;
+mod backup;
 mod codec;
 mod directory;
 mod history;
@@ -22,6 +25,7 @@ mod state;
 mod writer;
 
 mod authority;
+mod hardware;
 mod issuer;
 mod ocsp;
 mod own_certificate;
@@ -63,14 +67,18 @@ mod failpoint;
 mod parts;
 mod service;
 
+pub use backup::BackupError;
 pub use config::{
-    CRL_SHARDS_DEFAULT, InitConfig, InitSummary, Passphrase, Publishing, RelayLimit, RunConfig, StunListen,
-    Unlock,
+    CRL_SHARDS_DEFAULT, ImportConfig, ImportKind, InitConfig, InitSummary, Passphrase, Publishing,
+    RelayLimit, RestoreConfig, RestoreSummary, RunConfig, StunListen, Unlock,
 };
 pub use controller::{Controller, Environment};
 pub use error::StartupError;
+pub use hardware::HsmPlace;
+pub use import::ImportProblem;
 pub use init::init;
 pub use mesh_proto::v1::ErrorCode;
+pub use restore::restore;
 
 /// Runs the controller of `config` on the system's clock until `shutdown`.
 ///

@@ -53,6 +53,8 @@ pub(crate) struct Parts {
     pub(crate) token_place: TokenPlace,
     pub(crate) token_secrets: TokenSecrets,
     pub(crate) controller_name: String,
+    /// The state directory.
+    pub(crate) state_dir: std::path::PathBuf,
     pub(crate) unlock: Unlock,
 }
 

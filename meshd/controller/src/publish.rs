@@ -59,6 +59,8 @@ pub(crate) struct Publisher {
     clock: SharedClock,
     folder: PathBuf,
     publishing: Publishing,
+    /// No CRL gets a lower number.
+    floor: u64,
     /// Signed CRLs by shard and number; only the one that World names is published.
     signed: RwLock<BTreeMap<ShardId, BTreeMap<u64, Signed>>>,
     /// One CRL is made at a time; whoever waits finds its revocation covered.
@@ -83,6 +85,7 @@ impl Publisher {
         (clock, folder, publishing): (SharedClock, PathBuf, Publishing),
     ) -> Self {
         Self {
+            floor: 0,
             directory,
             writer,
             issuing,
@@ -94,6 +97,11 @@ impl Publisher {
             disk: Arc::default(),
             frozen: RwLock::default(),
         }
+    }
+
+    /// The same with numbers from `floor` on.
+    pub(crate) fn numbered_from(self, floor: u64) -> Self {
+        Self { floor, ..self }
     }
 
     /// Opens the shards that the configuration asks for. Before the first certificate of this process, so that it names
@@ -319,6 +327,9 @@ impl Publisher {
             crl.map(|crl| (crl.number, crl.this_update, crl.next_update))
         });
         let Some((number, this_update, next_update)) = current else { return true };
+        if number < self.floor {
+            return true;
+        }
         let signed = self.signed.read().unwrap_or_else(PoisonError::into_inner);
         if !signed.get(&(issuer.clone(), shard)).is_some_and(|all| all.contains_key(&number)) {
             return true;
@@ -333,7 +344,7 @@ impl Publisher {
     async fn make(&self, issuer: &KeyId, shard: u16) -> Result<u64, Problem> {
         let authority = Arc::clone(self.issuing.authority());
         let (covers_seq, number, url, entries) = self.directory.read(|world| {
-            let number = world.last_crl_number(issuer, shard) + 1;
+            let number = self.number_after(world.last_crl_number(issuer, shard));
             let entries = world.revoked_entries(issuer, shard);
             (world.head_seq(), number, world.crl_url(issuer, shard), entries)
         });
@@ -347,7 +358,10 @@ impl Publisher {
                     .collect();
                 authority
                     .crl(&signer, &CrlOrder { number, url: url.as_deref(), revoked: &revoked, now })
-                    .map_err(|error| Problem::internal_error("cannot sign a CRL", &error))
+                    .map_err(|error| match &error {
+                        mesh_ca::CrlError::KeyStore(source) => Problem::key_store("sign a CRL", source),
+                        _ => Problem::internal_error("cannot sign a CRL", &error),
+                    })
             })
             .await?;
         let der = Bytes::from(crl.der);
@@ -373,7 +387,9 @@ impl Publisher {
     fn keep(&self, shard: ShardId, number: u64, crl: Signed) {
         let mut signed = self.signed.write().unwrap_or_else(PoisonError::into_inner);
         let all = signed.entry(shard).or_default();
-        all.retain(|other, _| *other + 2 >= number);
+        while all.len() > 2 {
+            all.pop_first();
+        }
         all.insert(number, crl);
     }
 
@@ -456,8 +472,18 @@ impl Publisher {
     }
 
     fn file(&self, issuer: &KeyId, shard: u16) -> PathBuf {
-        self.folder.join(format!("{issuer}-{shard}.crl"))
+        self.folder.join(crl_file(issuer, shard))
     }
+
+    /// The number of the CRL after number `last`.
+    pub(crate) fn number_after(&self, last: u64) -> u64 {
+        (last + 1).max(self.floor)
+    }
+}
+
+/// Name of a CRL's file.
+pub(crate) fn crl_file(issuer: &KeyId, shard: u16) -> String {
+    format!("{issuer}-{shard}.crl")
 }
 
 /// What streams tell nodes about a CRL.

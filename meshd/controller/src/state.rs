@@ -25,6 +25,12 @@ pub(crate) struct Settings {
     /// Base address of published CRLs, unless `run` is told another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) publish_url: Option<String>,
+    /// The token that keeps the issuing CA's key, a `pkcs11:` URI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) key_store: Option<String>,
+    /// No CRL has a lower number: CRLs of a future that a restore took back, or of a CA's time elsewhere, are about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) crl_number_floor: Option<u64>,
     /// Rises at each restore from a backup, so that cursors of a lost future are not taken up.
     pub(crate) incarnation: u32,
 }

@@ -137,6 +137,21 @@ impl Problem {
         )
     }
 
+    /// A key of the CA did not sign. A hardware token that is gone is for its owner to put back.
+    pub(crate) fn key_store(what: &str, error: &mesh_ca::KeyStoreError) -> Self {
+        match error {
+            mesh_ca::KeyStoreError::Token { what: why, .. } => {
+                tracing::error!(why, "the hardware token with the CA's key does not sign");
+                Self::new(
+                    ErrorCode::TokenUnavailable,
+                    format!("cannot {what}: the hardware token with the CA's key refuses: {why}"),
+                    "put the token back and restart the controller; nothing was signed",
+                )
+            }
+            other => Self::internal_error(&format!("cannot {what}"), other),
+        }
+    }
+
     pub(crate) fn node_not_found(name: &str) -> Self {
         Self::new(
             ErrorCode::NodeNotFound,

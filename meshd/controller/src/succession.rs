@@ -22,6 +22,7 @@ use crate::authority::{
     Authority, CaFacts, KeyProblem, NewKey, Signer, core_key_id, crl_entry, random_fill, unlock_with,
 };
 use crate::config::Passphrase;
+use crate::hardware::{Hsm, TOKEN_FILE_SUFFIX, write_token_file};
 use crate::parts::Parts;
 use crate::publish::Publisher;
 use crate::state::{read_file, replace_file};
@@ -76,7 +77,10 @@ impl From<KeyProblem> for Problem {
 
 impl From<mesh_ca::IssueError> for Problem {
     fn from(error: mesh_ca::IssueError) -> Self {
-        Self::internal_error("cannot make a CA certificate", &error)
+        match &error {
+            mesh_ca::IssueError::KeyStore(source) => Self::key_store("make a CA certificate", source),
+            _ => Self::internal_error("cannot make a CA certificate", &error),
+        }
     }
 }
 
@@ -113,6 +117,11 @@ fn prepare(
         }
     };
     let root = new_root.as_ref().unwrap_or(&old);
+    if let Some(token) = authority.token() {
+        let pointers = publisher.ca_pointers(root.issuer.certificate_der())?;
+        let issuing = draw_in_token(authority, token, root, (naming, &pointers))?;
+        return Ok(Prepared { issuing, root: new_root, crosses });
+    }
     let key = draw(authority, "new-issuing", KeyPurpose::Issuing)?;
     let public = key.store.public_key(&key.id).map_err(mesh_ca::IssueError::KeyStore)?;
     let pointers = publisher.ca_pointers(root.issuer.certificate_der())?;
@@ -131,6 +140,46 @@ fn prepare(
 fn draw(authority: &Authority, name: &str, purpose: KeyPurpose) -> Result<NewKey, Problem> {
     let id = mesh_ca::KeyId::parse(name).map_err(|error| Problem::internal_error("bad key name", &error))?;
     Ok(NewKey::draw(id, purpose, authority.passphrase())?)
+}
+
+/// An issuing CA below `root` whose key is drawn in the token and never leaves it.
+fn draw_in_token(
+    authority: &Authority,
+    token: &Hsm,
+    root: &Signer,
+    (naming, pointers): (CaNaming<'_>, &mesh_ca::Pointers),
+) -> Result<Signer, Problem> {
+    let label = Hsm::fresh_label();
+    let store = token.generate(&label).map_err(|error| {
+        Problem::new(
+            pb::ErrorCode::TokenUnavailable,
+            format!("no key was drawn in the hardware token: {}", mesh_runtime::chain(&error)),
+            "put the token back and try again; nothing was changed",
+        )
+    })?;
+    let made = || -> Result<Issuer, Problem> {
+        let public = store.public_key(&label).map_err(mesh_ca::IssueError::KeyStore)?;
+        let made = mesh_ca::create_issuing_ca_for(
+            &root.issuer,
+            &*root.store,
+            &public,
+            naming,
+            pointers,
+            &mut random_fill,
+        )?;
+        let issuer = Issuer::new(&made.der, label.clone(), authority.domain().clone(), &store)?;
+        let name = crate::authority::key_name(false, &core_key_id(&issuer));
+        let path = authority.keys().join(format!("{name}.{TOKEN_FILE_SUFFIX}"));
+        write_token_file(&path, &label).map_err(KeyProblem::Write)?;
+        Ok(issuer)
+    };
+    match made() {
+        Ok(issuer) => Ok(Signer { issuer, store: Box::new(store) }),
+        Err(problem) => {
+            token.destroy(&label);
+            Err(problem)
+        }
+    }
 }
 
 /// Writes a key under its own name, which only its certificate gives it, and binds both.
@@ -388,7 +437,7 @@ impl Parts {
                 return Err(mesh_core::Refusal::RotationRunning { to: rotation.to.clone() });
             }
             let root = world.active_root().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
-            let number = world.last_crl_number(&root.key_id, 0) + 1;
+            let number = self.publisher.number_after(world.last_crl_number(&root.key_id, 0));
             let revoked = world.revoked_entries(&root.key_id, 0);
             Ok((root, world.fleet().unwrap_or_default().to_owned(), number, revoked))
         })?;
@@ -422,17 +471,69 @@ impl Parts {
             let last = world.crl(&root.key_id, 0);
             (last.map_or(0, |last| last.number), last.is_some_and(|last| last.digest == digest))
         });
-        if !taken && crl.number() != last + 1 {
+        let next = self.publisher.number_after(last);
+        if !taken && crl.number() != next {
             return Err(Problem::ceremony(format!(
-                "the root's CRL has number {}, {} is the next: make a new request",
-                crl.number(),
-                last + 1
+                "the root's CRL has number {}, {next} is the next: make a new request",
+                crl.number()
             )));
         }
         if !taken {
             self.publisher.take_foreign(&root.key_id, &crl, der.into()).await?;
         }
         Ok(Prepared { issuing, root: None, crosses: Vec::new() })
+    }
+
+    /// Publishes the next CRL of a root whose key is elsewhere.
+    pub(crate) async fn import_crl(
+        &self,
+        caller: &Caller,
+        request: pb::ImportCrlRequest,
+    ) -> Result<pb::ActionResponse, Problem> {
+        let actor = super::service::actor(caller)?;
+        let _one = self.successions.lock().await;
+        let at = self.utc();
+        let der = request.crl;
+        let digest: [u8; 32] = Sha256::digest(&der).into();
+        let (root, issuing, last) = self.directory.read(|world| {
+            world.check_actor(at, &actor, mesh_core::CommandKind::SealRoot)?;
+            let root = world.active_root().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
+            let issuing = world.active_issuer().cloned().ok_or(mesh_core::Refusal::MeshMissing)?;
+            let last = world.crl(&root.key_id, 0).map(|last| (last.number, last.digest));
+            Ok::<_, Problem>((root, issuing, last))
+        })?;
+        let refused = |why: String| {
+            Problem::new(
+                pb::ErrorCode::ImportRefused,
+                format!("the CRL is not taken: {why}"),
+                "let the root sign its next CRL (`openssl ca -gencrl`) and give that; the one before stays",
+            )
+        };
+        if last.is_some_and(|(_, known)| known == digest) {
+            let detail = "this CRL is published already".to_owned();
+            return Ok(pb::ActionResponse { changed: false, detail, incomplete: false });
+        }
+        if !root.sealed {
+            return Err(refused(
+                "the root's key is here, and the controller signs the root's CRLs".to_owned(),
+            ));
+        }
+        let crl =
+            mesh_ca::Crl::parse_verified(&der, &root.der).map_err(|error| refused(error.to_string()))?;
+        if let Some((last, _)) = last.filter(|(last, _)| crl.number() <= *last) {
+            return Err(refused(format!("it has number {}, and number {last} is published", crl.number())));
+        }
+        if mesh_core::UtcTime::from(crl.next_update()) <= at {
+            return Err(refused(format!("it ended at {}", crl.next_update())));
+        }
+        if CaFacts::read(&issuing.der).is_some_and(|facts| crl.contains_raw(&facts.serial)) {
+            return Err(refused(
+                "it lists the issuing CA, and nothing below that would be accepted".to_owned(),
+            ));
+        }
+        let detail = format!("CRL #{} of the root, good until {}", crl.number(), crl.next_update());
+        self.publisher.take_foreign(&root.key_id, &crl, der).await?;
+        Ok(pb::ActionResponse { changed: true, detail, incomplete: false })
     }
 
     /// The request has been answered.
@@ -477,6 +578,14 @@ impl Draft {
 /// The request that waits, PEM, and the digest of its key; made if there is none or it asks for something else than
 /// `draft`. Blocks.
 fn pending_request(authority: &Authority, draft: Draft) -> Result<(String, [u8; 32]), Problem> {
+    if authority.token().is_some() {
+        // Its key would wait in a file.
+        return Err(Problem::new(
+            pb::ErrorCode::TokenUnavailable,
+            "keys of this mesh are drawn in a hardware token, and a request for an offline root is not made there",
+            "rotate before the root is sealed, or take key_store out of the configuration for this rotation",
+        ));
+    }
     let key_file = authority.keys().join(format!("{PENDING_KEY}.key"));
     if key_file.exists()
         && let Ok((pem, request)) = stored_request(authority)
@@ -633,6 +742,12 @@ impl Authority {
     fn forget_drawn(&self, key_id: &KeyId) -> std::io::Result<()> {
         let Some(signer) = self.signer(key_id) else { return Ok(()) };
         self.drop_signer(key_id);
+        let name = crate::authority::key_name(false, key_id);
+        let in_token = self.keys().join(format!("{name}.{TOKEN_FILE_SUFFIX}"));
+        if let Some(token) = self.token().filter(|_| in_token.exists()) {
+            token.destroy(signer.issuer.key_id());
+            return std::fs::remove_file(in_token);
+        }
         std::fs::remove_file(self.keys().join(format!("{}.key", signer.issuer.key_id())))
     }
 

@@ -91,6 +91,9 @@ async fn measure(revoked: u64) -> (Duration, Duration) {
         ipv4_pool: "100.64.0.0/10".parse().unwrap(),
         unlock: Unlock::None,
         passphrase: None,
+        import: None,
+        key_store: None,
+        pin: None,
     };
     crate::init::init(init.clone(), Arc::clone(&clock)).unwrap();
     let (state, store) = StateDir::open(&init.state_dir).unwrap();
@@ -98,7 +101,7 @@ async fn measure(revoked: u64) -> (Duration, Duration) {
     let (mut world, head) = load_world(&state, &*journal, &store.snapshots).unwrap();
     let domain = mesh_ca::TrustDomain::parse("mesh.internal").unwrap();
     let authority =
-        Authority::open(&state.keys(), &domain, &WorldKeys::of(&world), Unlock::None, None).unwrap();
+        Authority::open(&state.keys(), &domain, &WorldKeys::of(&world), Unlock::None, None, None).unwrap();
     let authority = Arc::new(authority);
     let issuer = authority.issuer_key_id(CaRole::Issuing);
     let live = fill(&mut world, &issuer, revoked, clock.utc_now().into());

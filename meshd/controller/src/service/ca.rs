@@ -2,11 +2,21 @@ use std::sync::Arc;
 
 use mesh_core::{Command, UtcTime};
 use mesh_proto::v1 as pb;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
 use crate::authority::CaFacts;
+use crate::backup;
+use crate::config::Passphrase;
 use crate::parts::Parts;
+use crate::status::Problem;
+
+/// It is all that protects the copy.
+const BACKUP_PASSPHRASE_BYTES_MIN: usize = 8;
+/// Parts of 64 KiB on their way.
+const BACKUP_PARTS: usize = 8;
 
 #[derive(Debug)]
 pub(crate) struct CaService(pub(crate) Arc<Parts>);
@@ -71,6 +81,33 @@ impl pb::ca_server::Ca for CaService {
         Ok(Response::new(self.0.seal_root(&caller, request.into_inner()).await?))
     }
 
+    async fn import_crl(
+        &self,
+        request: Request<pb::ImportCrlRequest>,
+    ) -> Result<Response<pb::ActionResponse>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        Ok(Response::new(self.0.import_crl(&caller, request.into_inner()).await?))
+    }
+
+    type BackupStream = ReceiverStream<Result<pb::BackupPart, Status>>;
+
+    async fn backup(
+        &self,
+        request: Request<pb::BackupRequest>,
+    ) -> Result<Response<Self::BackupStream>, Status> {
+        let passphrase = Passphrase::new(request.into_inner().passphrase);
+        if passphrase.as_bytes().len() < BACKUP_PASSPHRASE_BYTES_MIN {
+            return Err(Problem::usage(format!(
+                "the passphrase of a backup has at least {BACKUP_PASSPHRASE_BYTES_MIN} characters"
+            ))
+            .into());
+        }
+        let (parts, stream) = mpsc::channel(BACKUP_PARTS);
+        let controller = Arc::clone(&self.0);
+        tokio::spawn(async move { controller.send_backup(passphrase, parts).await });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
     async fn request_issuer(
         &self,
         request: Request<pb::Empty>,
@@ -80,7 +117,58 @@ impl pb::ca_server::Ca for CaService {
     }
 }
 
+/// Hands on what is written to it.
+struct PartSender {
+    parts: mpsc::Sender<Result<pb::BackupPart, Status>>,
+    bytes: u64,
+}
+
+impl std::io::Write for PartSender {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let part = pb::backup_part::Part::Data(bytes.to_vec().into());
+        let sent = self.parts.blocking_send(Ok(pb::BackupPart { part: Some(part) }));
+        sent.map_err(|_| std::io::ErrorKind::BrokenPipe)?;
+        self.bytes += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Parts {
+    async fn send_backup(&self, passphrase: Passphrase, parts: mpsc::Sender<Result<pb::BackupPart, Status>>) {
+        // No key is drawn or removed meanwhile.
+        let _one = self.successions.lock().await;
+        let (domain, fleet, head) = self.directory.read_with_head(|world, head| {
+            let domain = world.mesh().map(|mesh| mesh.domain.to_string()).unwrap_or_default();
+            (domain, world.fleet().unwrap_or_default().to_owned(), head)
+        });
+        let (archive, state) = (self.archive.clone(), self.state_dir.clone());
+        let (taken_at, sender) = (self.utc().unix(), parts.clone());
+        let write = move || {
+            let mut out = PartSender { parts: sender, bytes: 0 };
+            let facts = (head, domain.as_str(), fleet.as_str(), taken_at);
+            let manifest = backup::write(&mut out, &passphrase, &state, archive.reader(), facts)
+                .map_err(|error| Problem::internal_error("the backup was not written", &error))?;
+            tracing::info!(seq = manifest.seq, bytes = out.bytes, "backup taken");
+            Ok(pb::BackupDone {
+                domain: manifest.domain,
+                seq: manifest.seq,
+                head_hash: manifest.hash.to_vec().into(),
+                taken_at,
+                bytes: out.bytes,
+            })
+        };
+        let last = match self.issuing.on_pool(write).await {
+            Ok(done) => Ok(pb::BackupPart { part: Some(pb::backup_part::Part::Done(done)) }),
+            Err(problem) => Err(problem.into()),
+        };
+        // Whoever asked may be gone.
+        let _ = parts.send(last).await;
+    }
+
     fn ca_info(&self) -> pb::CaInfo {
         let authority = self.issuing.authority();
         self.directory.read(|world| {

@@ -72,6 +72,9 @@ impl Mesh {
             ipv4_pool: "100.64.0.0/10".parse().unwrap(),
             unlock: Unlock::None,
             passphrase: None,
+            import: None,
+            key_store: None,
+            pin: None,
         }
     }
 
@@ -82,6 +85,8 @@ impl Mesh {
             socket: self.folder.path().join("controller.sock"),
             advertise: vec![],
             passphrase: None,
+            key_store: None,
+            pin: None,
             publish_listen: vec![],
             publishing: Publishing::default(),
             stun_listen: StunListen::LikeTls,
