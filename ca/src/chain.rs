@@ -1,6 +1,7 @@
 //! Does a chain lead to a pinned root, now and for this use?
 
 use std::fmt;
+use std::sync::Arc;
 
 use der::Decode as _;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
@@ -176,9 +177,33 @@ pub enum ExpiredCrl {
     Accept,
 }
 
-/// The newest CRL of each CA, parsed once. Their signatures are verified with each chain.
+/// A CRL as chains are verified with, parsed once and shared.
+#[derive(Clone)]
+pub struct RevocationList(Arc<webpki::CertRevocationList<'static>>);
+
+impl RevocationList {
+    /// Reads the DER of a CRL. Its signature is verified with each chain.
+    ///
+    /// # Errors
+    /// [`ChainError::Crls`] if it cannot be read or is longer than [`CRL_BYTES_MAX`](crate::CRL_BYTES_MAX).
+    pub fn from_der(der: &[u8]) -> Result<Self, ChainError> {
+        if der.len() > crate::crl::CRL_BYTES_MAX {
+            return Err(ChainError::Crls);
+        }
+        let crl = webpki::OwnedCertRevocationList::from_der(der).map_err(|_| ChainError::Crls)?;
+        Ok(Self(Arc::new(crl.into())))
+    }
+}
+
+impl fmt::Debug for RevocationList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RevocationList")
+    }
+}
+
+/// The newest CRL of each CA and shard. Their signatures are verified with each chain.
 pub struct RevocationLists {
-    crls: Vec<webpki::CertRevocationList<'static>>,
+    crls: Vec<RevocationList>,
     expired: ExpiredCrl,
 }
 
@@ -189,19 +214,23 @@ impl RevocationLists {
         crls: impl IntoIterator<Item = D>,
         expired: ExpiredCrl,
     ) -> Result<Self, ChainError> {
-        let mut parsed = Vec::new();
-        for der in crls {
-            let der = der.as_ref();
-            if der.len() > crate::crl::CRL_BYTES_MAX || parsed.len() == CRLS_MAX {
-                return Err(ChainError::Crls);
-            }
-            let crl = webpki::OwnedCertRevocationList::from_der(der).map_err(|_| ChainError::Crls)?;
-            parsed.push(webpki::CertRevocationList::from(crl));
+        let crls = crls.into_iter().take(CRLS_MAX + 1).map(|der| RevocationList::from_der(der.as_ref()));
+        Self::of(crls.collect::<Result<Vec<_>, _>>()?, expired)
+    }
+
+    /// The same of CRLs that are read already, so that a new one costs no more than itself.
+    ///
+    /// # Errors
+    /// [`ChainError::Crls`] for none, and for more than [`CRLS_MAX`].
+    pub fn of(
+        crls: impl IntoIterator<Item = RevocationList>,
+        expired: ExpiredCrl,
+    ) -> Result<Self, ChainError> {
+        let crls: Vec<_> = crls.into_iter().take(CRLS_MAX + 1).collect();
+        match crls.len() {
+            1..=CRLS_MAX => Ok(Self { crls, expired }),
+            _ => Err(ChainError::Crls),
         }
-        if parsed.is_empty() {
-            return Err(ChainError::Crls);
-        }
-        Ok(Self { crls: parsed, expired })
     }
 
     /// Whether a CRL for everything that the CA `name` (a DER Name) has issued is here. webpki then goes by it.
@@ -209,7 +238,7 @@ impl RevocationLists {
         // webpki keeps a name without its outer tag and length.
         let Ok(name) = der::asn1::AnyRef::from_der(name) else { return false };
         let all = |crl: &webpki::CertRevocationList<'_>| crl.issuing_distribution_point().is_none();
-        self.crls.iter().any(|crl| crl.issuer() == name.value() && all(crl))
+        self.crls.iter().any(|RevocationList(crl)| crl.issuer() == name.value() && all(crl))
     }
 }
 
@@ -250,7 +279,7 @@ pub fn verify_chain(
     let mut verified = read_leaf(leaf, anchors.domain()).map_err(ChainError::Leaf)?;
     let der = CertificateDer::from(leaf);
     let entity = webpki::EndEntityCert::try_from(&der)?;
-    let crls: Vec<_> = revocation.iter().flat_map(|lists| &lists.crls).collect();
+    let crls: Vec<_> = revocation.iter().flat_map(|lists| &lists.crls).map(|crl| &*crl.0).collect();
     let options = match revocation {
         None => None,
         Some(lists) => {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
 use rustls_pki_types::CertificateDer;
 use time::UtcDateTime;
+use x509_parser::certificate::X509Certificate;
 
 use crate::csr::VerifiedCsr;
 use crate::extension::{add_no_rev_avail, add_pointers};
@@ -362,8 +363,8 @@ fn recheck_leaf(
     not_before: UtcDateTime,
     not_after: UtcDateTime,
 ) -> Result<(), IssueError> {
-    recheck_key(der, key)?;
     let certificate = parse_certificate(der).ok_or_else(unreadable)?;
+    recheck_key(&certificate, key)?;
     let validity = certificate.validity();
     let (from, to) = (validity.not_before.timestamp(), validity.not_after.timestamp());
     if (from, to) != (not_before.unix_timestamp(), not_after.unix_timestamp()) {
@@ -401,8 +402,7 @@ fn bad_signature() -> IssueError {
     IssueError::Recheck("signature does not verify".to_owned())
 }
 
-fn recheck_key(der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
-    let certificate = parse_certificate(der).ok_or_else(unreadable)?;
+fn recheck_key(certificate: &X509Certificate<'_>, key: &PublicKey) -> Result<(), IssueError> {
     if certificate.public_key().raw != key.spki_der() {
         return Err(IssueError::Recheck("certificate holds another key".to_owned()));
     }
@@ -410,8 +410,8 @@ fn recheck_key(der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
 }
 
 pub(crate) fn recheck_signature(der: &[u8], issuer_der: &[u8], key: &PublicKey) -> Result<(), IssueError> {
-    recheck_key(der, key)?;
     let certificate = parse_certificate(der).ok_or_else(unreadable)?;
+    recheck_key(&certificate, key)?;
     let issuer = parse_certificate(issuer_der).ok_or_else(unreadable)?;
     certificate.verify_signature(Some(issuer.public_key())).map_err(|_| bad_signature())
 }

@@ -53,8 +53,8 @@ pub use archive::{
 };
 pub use ceremony::{CEREMONY_BYTES_MAX, CeremonyError, IssuerRequest, SignedIssuer, sign_issuer};
 pub use chain::{
-    CHAIN_LENGTH_MAX, CRLS_MAX, ChainError, ExpiredCrl, RevocationLists, TrustAnchors, Usage, Verified,
-    verify_chain, verify_chain_expired_ok,
+    CHAIN_LENGTH_MAX, CRLS_MAX, ChainError, ExpiredCrl, RevocationList, RevocationLists, TrustAnchors, Usage,
+    Verified, verify_chain, verify_chain_expired_ok,
 };
 pub use crl::{
     CRL_BYTES_MAX, CRL_LIFETIME, Crl, CrlError, CrlPlan, CrlScope, ROOT_CRL_LIFETIME, RevokedEntry,

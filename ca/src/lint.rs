@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use time::UtcDateTime;
-use x509_parser::asn1_rs::Tag;
+use x509_parser::asn1_rs::{Oid, Tag};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension, X509Extension};
 use x509_parser::prelude::FromDer as _;
@@ -270,11 +270,15 @@ fn lint_common<'a>(der: &'a [u8], issuer_der: &'a [u8], allowed: &[&str]) -> Opt
         Finding::AuthorityKeyId,
     );
     for extension in certificate.extensions() {
-        let oid = extension.oid.to_id_string();
+        let is = |oid: &str| is_oid(&extension.oid, oid);
         // keyUsage and basicConstraints; whether subjectAltName is critical hangs on the subject.
-        let critical = matches!(oid.as_str(), "2.5.29.15" | "2.5.29.19");
-        require(extension.critical == critical || oid == "2.5.29.17", Finding::Criticality(oid.clone()));
-        require(allowed.contains(&oid.as_str()), Finding::ForeignExtension(oid));
+        let critical = is("2.5.29.15") || is("2.5.29.19");
+        if extension.critical != critical && !is("2.5.29.17") {
+            findings.push(Finding::Criticality(extension.oid.to_id_string()));
+        }
+        if !allowed.iter().any(|oid| is(oid)) {
+            findings.push(Finding::ForeignExtension(extension.oid.to_id_string()));
+        }
     }
     Some((certificate, issuer, extensions, findings))
 }
@@ -288,11 +292,17 @@ fn signed_as_its_key_signs(algorithm: &AlgorithmIdentifier<'_>, issuer: &X509Cer
         None => !null,
         Some(parameters) => null && parameters.tag() == Tag::Null && parameters.data.is_empty(),
     };
-    algorithm.algorithm.to_id_string() == oid && parameters
+    is_oid(&algorithm.algorithm, oid) && parameters
 }
 
 fn raw<'a, 'c>(certificate: &'c X509Certificate<'a>, oid: &str) -> Option<&'c X509Extension<'a>> {
-    certificate.extensions().iter().find(|extension| extension.oid.to_id_string() == oid)
+    certificate.extensions().iter().find(|extension| is_oid(&extension.oid, oid))
+}
+
+/// Whether an object identifier is the one in dotted form. Text is not made of it: this is asked for every extension, at
+/// every issuance.
+fn is_oid(oid: &Oid<'_>, dotted: &str) -> bool {
+    oid.iter().is_some_and(|arcs| arcs.map(Some).eq(dotted.split('.').map(|arc| arc.parse().ok())))
 }
 
 fn time_form(time: &ASN1Time) -> bool {
@@ -334,17 +344,15 @@ fn pointers_are_plain(certificate: &X509Certificate<'_>) -> bool {
                 .all(|d| matches!(d.access_location, GeneralName::URI(url) if HttpUrl::parse(url).is_ok()));
             !methods.is_empty() && known && once && plain
         }
-        _ => extension.oid.to_id_string() != AUTHORITY_INFO_ACCESS,
+        _ => !is_oid(&extension.oid, AUTHORITY_INFO_ACCESS),
     })
 }
 
 fn ocsp_pointers(certificate: &X509Certificate<'_>) -> usize {
     let count = |extension: &X509Extension<'_>| match extension.parsed_extension() {
-        ParsedExtension::AuthorityInfoAccess(access) => access
-            .accessdescs
-            .iter()
-            .filter(|d| d.access_method.to_id_string() == "1.3.6.1.5.5.7.48.1")
-            .count(),
+        ParsedExtension::AuthorityInfoAccess(access) => {
+            access.accessdescs.iter().filter(|d| is_oid(&d.access_method, "1.3.6.1.5.5.7.48.1")).count()
+        }
         _ => 0,
     };
     certificate.extensions().iter().map(count).sum()

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use mesh_ca::{
-    ChainError, Crl, ExpiredCrl, Identity as Speaker, LeafKey, Profile, RevocationLists, TrustAnchors,
-    TrustDomain, Usage, VerifiedLeaf, verify_chain,
+    ChainError, Crl, ExpiredCrl, Identity as Speaker, LeafKey, Profile, RevocationList, RevocationLists,
+    TrustAnchors, TrustDomain, Usage, VerifiedLeaf, verify_chain,
 };
 use mesh_proto::v1 as pb;
 use rustls_pki_types::CertificateDer;
@@ -66,6 +66,7 @@ pub(crate) enum TrustError {
 pub(crate) struct TrustedCrl {
     pub(crate) crl: Crl,
     pub(crate) message: pb::Crl,
+    list: RevocationList,
 }
 
 /// The node's beliefs. Cheap to ask, replaced as a whole when something changes.
@@ -151,9 +152,10 @@ impl Trust {
             number: crl.number(),
             der: message.der.clone(),
         };
-        self.crls.insert(key, TrustedCrl { crl, message });
-        let ders = self.crls.values().map(|trusted| &trusted.message.der);
-        self.revocation = RevocationLists::new(ders, ExpiredCrl::Accept).ok().map(Arc::new);
+        let list = RevocationList::from_der(&message.der).map_err(TrustError::Chain)?;
+        self.crls.insert(key, TrustedCrl { crl, message, list });
+        let lists = self.crls.values().map(|trusted| trusted.list.clone());
+        self.revocation = RevocationLists::of(lists, ExpiredCrl::Accept).ok().map(Arc::new);
         Ok(true)
     }
 
