@@ -338,8 +338,11 @@ impl World {
     /// What is revoked stays so with its first time and reason.
     fn revoke(&mut self, serial: Serial, Moment { seq, at }: Moment, reason: Reason) {
         let Some(certificate) = self.state.certificates.get_mut(&serial) else { return };
-        certificate.revoked.get_or_insert(Revocation { at, reason });
-        self.index.add_revoked(certificate);
+        if certificate.revoked.is_none() {
+            certificate.revoked = Some(Revocation { at, reason });
+            self.index.release_key(certificate);
+            self.index.add_revoked(certificate);
+        }
         let shards = self.state.revoked_seq.entry(certificate.issuer_key_id.clone()).or_default();
         shards.insert(certificate.shard, seq);
     }

@@ -230,12 +230,9 @@ impl World {
         if self.key_blocked(&key_hash) {
             return Err(Refusal::KeyRevoked { key_hash });
         }
-        let serials = self.index.serials_by_key.get(&key_hash).into_iter().flatten();
-        let mut used = serials.filter_map(|serial| self.certificate(serial)).filter(|c| c.revoked.is_none());
+        let mut users = self.index.users_by_key.get(&key_hash).into_iter().flatten();
         let asked = self.index.node_by_enrollment_key.get(&key_hash);
-        if used.any(|certificate| !fits(&certificate.owner))
-            || asked.is_some_and(|id| !fits(&Owner::Node(*id)))
-        {
+        if users.any(|(owner, _)| !fits(owner)) || asked.is_some_and(|id| !fits(&Owner::Node(*id))) {
             return Err(Refusal::KeyInUse { key_hash });
         }
         Ok(())

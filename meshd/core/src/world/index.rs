@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use super::{CertificateState, Node, State};
-use crate::certificate::PROFILE_OCSP;
+use crate::certificate::{Owner, PROFILE_OCSP};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, WgKey};
 use crate::names::{DnsName, NodeName};
 use crate::time::UtcTime;
@@ -18,6 +18,8 @@ pub(super) struct Index {
     /// By the TLS key with which the node asked for entry.
     pub(super) node_by_enrollment_key: BTreeMap<KeyHash, NodeId>,
     pub(super) serials_by_key: BTreeMap<KeyHash, BTreeSet<Serial>>,
+    /// Whom a key speaks for by certificates that are not revoked, and by how many: one key may have hundreds.
+    pub(super) users_by_key: BTreeMap<KeyHash, BTreeMap<Owner, usize>>,
     pub(super) serials_by_node: BTreeMap<NodeId, BTreeSet<Serial>>,
     /// By host name, address and name of the pair.
     pub(super) serials_by_name: BTreeMap<String, BTreeSet<Serial>>,
@@ -79,8 +81,26 @@ impl Index {
         if certificate.profile != PROFILE_OCSP {
             *self.issued.entry(certificate.issuer_key_id.clone()).or_default() += 1;
         }
-        if certificate.revoked.is_some() {
-            self.add_revoked(certificate);
+        match certificate.revoked {
+            Some(_) => self.add_revoked(certificate),
+            None => {
+                let users = self.users_by_key.entry(certificate.key_hash).or_default();
+                *users.entry(certificate.owner.clone()).or_default() += 1;
+            }
+        }
+    }
+
+    /// A certificate that was not revoked speaks for its key no more.
+    pub(super) fn release_key(&mut self, certificate: &CertificateState) {
+        let Some(users) = self.users_by_key.get_mut(&certificate.key_hash) else { return };
+        if let Some(count) = users.get_mut(&certificate.owner) {
+            *count -= 1;
+            if *count == 0 {
+                users.remove(&certificate.owner);
+            }
+        }
+        if users.is_empty() {
+            self.users_by_key.remove(&certificate.key_hash);
         }
     }
 
@@ -102,6 +122,9 @@ impl Index {
             remove_from(&mut self.serials_by_label, &label, serial);
         }
         self.ends.remove(&(certificate.not_after, *serial));
+        if certificate.revoked.is_none() {
+            self.release_key(certificate);
+        }
         if let Some(shards) = self.revoked.get_mut(&certificate.issuer_key_id) {
             remove_from(shards, &certificate.shard, serial);
             if shards.is_empty() {
