@@ -16,9 +16,9 @@ pub mod snapshot;
 
 pub use index::{Index, IndexError, IndexOp, Order, Page, Table};
 pub use journal::{
-    Append, AppendError, EncodedRecord, FileJournal, Head, Journal, JournalReader, MemoryJournal, ReadError,
-    Records, StoredRecord, find_operation,
+    Append, AppendError, CutError, EncodedRecord, FileJournal, Head, Journal, JournalReader, MemoryJournal,
+    ReadError, Records, StoredRecord, find_operation,
 };
 pub use snapshot::{Snapshot, SnapshotError, Snapshots};
 pub use state::{STATE_FORMAT_VERSION, StateDir, StateError};
-pub use store::{CatchUpError, JOURNAL_FOLDER, OpenError, Store, StoreOptions, catch_up};
+pub use store::{CatchUpError, JOURNAL_FOLDER, OpenError, Store, StoreOptions, catch_up, catch_up_by};

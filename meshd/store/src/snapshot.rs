@@ -111,6 +111,15 @@ impl Snapshots {
         Ok(newest)
     }
 
+    /// The records up to which there is a snapshot, oldest first.
+    ///
+    /// # Errors
+    /// If the folder cannot be read.
+    pub fn seqs(&self) -> Result<Vec<u64>, SnapshotError> {
+        let all = list(&self.folder).map_err(self.failed("list"))?;
+        Ok(all.into_iter().map(|(seq, _)| seq).collect())
+    }
+
     fn failed(&self, attempt: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
         let path = self.folder.clone();
         move |source| SnapshotError::Io { attempt, path, source }

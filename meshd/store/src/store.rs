@@ -92,13 +92,26 @@ impl Store {
 pub fn catch_up(
     index: &mut Index,
     journal: &dyn JournalReader,
+    changes: impl FnMut(&StoredRecord) -> Vec<IndexOp>,
+) -> Result<(), CatchUpError> {
+    catch_up_by(index, journal, usize::MAX, changes)
+}
+
+/// As [`catch_up`], with `limit` records at most, rounded up to a batch.
+///
+/// # Errors
+/// As [`catch_up`].
+pub fn catch_up_by(
+    index: &mut Index,
+    journal: &dyn JournalReader,
+    limit: usize,
     mut changes: impl FnMut(&StoredRecord) -> Vec<IndexOp>,
 ) -> Result<(), CatchUpError> {
-    match replay(index, journal, &mut changes) {
+    match replay(index, journal, limit, &mut changes) {
         Err(CatchUpError::Index { source }) if source.is_mended_by_rebuild() => {
             tracing::warn!(error = &source as &dyn std::error::Error, "rebuilding an index that failed");
             index.rebuild().map_err(|source| CatchUpError::Index { source })?;
-            replay(index, journal, &mut changes)
+            replay(index, journal, limit, &mut changes)
         }
         other => other,
     }
@@ -107,10 +120,21 @@ pub fn catch_up(
 fn replay(
     index: &mut Index,
     journal: &dyn JournalReader,
+    limit: usize,
     changes: &mut impl FnMut(&StoredRecord) -> Vec<IndexOp>,
 ) -> Result<(), CatchUpError> {
+    let base = journal.base();
+    if index.applied().seq < base.seq {
+        // What was cut off is gone, but for what was kept of it.
+        let kept = journal.kept().map_err(|source| CatchUpError::Replay { source })?;
+        for some in kept.chunks(REPLAY_BATCH) {
+            let ops: Vec<IndexOp> = some.iter().flat_map(&mut *changes).collect();
+            index.apply(&index.applied(), &ops).map_err(|source| CatchUpError::Index { source })?;
+        }
+        index.apply(&base, &[]).map_err(|source| CatchUpError::Index { source })?;
+    }
     let mut records = journal.read(index.applied().seq + 1);
-    loop {
+    for _ in 0..limit.div_ceil(REPLAY_BATCH) {
         let mut head: Option<Head> = None;
         let mut ops = Vec::new();
         for record in records.by_ref().take(REPLAY_BATCH) {
@@ -121,4 +145,5 @@ fn replay(
         let Some(head) = head else { return Ok(()) };
         index.apply(&head, &ops).map_err(|source| CatchUpError::Index { source })?;
     }
+    Ok(())
 }

@@ -18,10 +18,7 @@ pub const PAGE_ENTRIES_MAX: usize = 1000;
 #[repr(u8)]
 pub enum Table {
     CertificateBySerial = 1,
-    CertificateByIdentity = 2,
     CertificateByExpiry = 3,
-    AuditBySeq = 4,
-    AuditByTime = 5,
     CertificateByOwner = 6,
     CertificateByName = 7,
 }

@@ -5,16 +5,12 @@
 //! empty one takes its place, and the journal fills it again.
 
 use std::{
-    convert::Infallible,
     fs, io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
-use sled::{
-    Batch, Db, IVec, Mode,
-    transaction::{TransactionError, TransactionResult},
-};
+use sled::{Batch, Db, IVec, Mode};
 
 use super::{
     Entry, IndexError, IndexOp, KEY_BYTES_MAX, Order, PAGE_ENTRIES_MAX, Page, Table, VALUE_BYTES_MAX,
@@ -34,13 +30,13 @@ const META: u8 = 0;
 const APPLIED_KEY: &[u8] = &[META, b'a'];
 const LAYOUT_KEY: &[u8] = &[META, b'v'];
 /// What the tables hold. An index of another layout is made anew from the journal.
-const LAYOUT: u8 = 2;
+const LAYOUT: u8 = 3;
 /// Name of the folder that an unusable index is moved to; one is kept, for whoever wants to know why.
 const QUARANTINE: &str = "quarantined";
 
 /// What the journal says up to [`applied`](Self::applied), sorted for look-ups.
 ///
-/// All tables share one sled tree, so that one transaction takes a whole frame.
+/// All tables share one sled tree, so that one batch takes a whole frame.
 #[derive(Debug)]
 pub struct Index {
     folder: PathBuf,
@@ -133,14 +129,8 @@ impl Index {
             }
         }
         batch.insert(APPLIED_KEY, encode_head(head).as_slice());
-        self.guarded("write to", |db| {
-            let applied: TransactionResult<(), Infallible> =
-                db.transaction(|tree| Ok(tree.apply_batch(&batch)?));
-            applied.map_err(|error| match error {
-                TransactionError::Storage(error) => error,
-                TransactionError::Abort(never) => match never {},
-            })
-        })?;
+        // A batch is as atomic as a transaction and does not read what it overwrites.
+        self.guarded("write to", |db| db.apply_batch(batch))?;
         self.applied = *head;
         Ok(())
     }

@@ -48,19 +48,60 @@ pub trait JournalReader: Send + Sync {
     /// The end of what is durable.
     fn head(&self) -> Head;
 
-    /// The records from `from_seq` (the first is 1) to the head as it is now. Every record's hash is
-    /// checked against its predecessor; the first error ends the iteration.
+    /// The records from `from_seq` (the first is 1) to the head as it is now; those after
+    /// [`base`](Self::base), if older ones were asked for. Every record's hash is checked against its
+    /// predecessor; the first error ends the iteration.
     fn read(&self, from_seq: u64) -> Records;
 
-    /// The hash of the record at `seq`, or of the empty journal for 0; `None` past the head.
+    /// The hash of the record at `seq`, or of the empty journal for 0; `None` past the head and before the
+    /// [`base`](Self::base).
     ///
     /// # Errors
     /// As [`read`](Self::read).
     fn hash_at(&self, seq: u64) -> Result<Option<[u8; 32]>, ReadError> {
+        let base = self.base();
         match seq {
             0 => Ok(Some(Head::EMPTY.hash)),
-            _ => Ok(self.read(seq).next().transpose()?.map(|record| record.hash)),
+            seq if seq == base.seq => Ok(Some(base.hash)),
+            _ => Ok(self.read(seq).next().transpose()?.filter(|r| r.seq == seq).map(|record| record.hash)),
         }
+    }
+
+    /// The last record that was [`cut`](Self::cut) off: what the first one left continues.
+    fn base(&self) -> Head {
+        Head::EMPTY
+    }
+
+    /// The first record of each part that can be cut off as a whole, and of the last one, which cannot.
+    fn parts(&self) -> Vec<u64> {
+        vec![self.base().seq + 1]
+    }
+
+    /// The records that [`cut`](Self::cut) kept, by number.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn kept(&self) -> Result<Vec<StoredRecord>, ReadError> {
+        Ok(Vec::new())
+    }
+
+    /// One record, also a kept one; `None` if there is none, or none any more.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn record(&self, seq: u64) -> Result<Option<StoredRecord>, ReadError> {
+        Ok(self.read(seq).next().transpose()?.filter(|record| record.seq == seq))
+    }
+
+    /// Removes the oldest parts, as far as they lie before `through` or end there, but for the records that
+    /// `keep` wants: it is shown those that were kept before, then those that go, by number. Returns the new
+    /// [`base`](Self::base). A journal that cannot be cut stays as it is.
+    ///
+    /// # Errors
+    /// In every case the journal is whole.
+    fn cut(&self, through: u64, keep: &mut dyn FnMut(&StoredRecord) -> bool) -> Result<Head, CutError> {
+        let _ = (through, keep);
+        Ok(self.base())
     }
 }
 
@@ -108,6 +149,15 @@ pub enum ReadError {
     Damaged { seq: u64, path: PathBuf, offset: u64, damage: Damage },
     #[error("record {seq} is missing from {}", path.display())]
     Missing { seq: u64, path: PathBuf },
+}
+
+/// Why the beginning of a journal was not removed.
+#[derive(Debug, thiserror::Error)]
+pub enum CutError {
+    #[error("records to be cut cannot be read")]
+    Read(#[from] ReadError),
+    #[error("cannot {attempt} {}", path.display())]
+    Io { attempt: &'static str, path: PathBuf, source: io::Error },
 }
 
 /// Looks for the record of an operation, to resolve an [`Append::Unknown`].

@@ -94,6 +94,10 @@ impl EncodedRecord {
 }
 
 impl StoredRecord {
+    pub(crate) fn to_encoded(&self) -> EncodedRecord {
+        EncodedRecord { op_id: self.op_id, time_secs: self.time_secs, bytes: self.bytes.clone() }
+    }
+
     /// The journal's head when this was its last record.
     pub fn head(&self) -> Head {
         Head { seq: self.seq, hash: self.hash }

@@ -258,7 +258,7 @@ fn fill_the_disk() {
     let filler = folder.join("filler");
     let mut store = Store::open(&state, StoreOptions::default()).unwrap();
     let changes = |record: &mesh_store::StoredRecord| {
-        vec![IndexOp::insert(Table::AuditBySeq, record.seq.to_be_bytes(), record.op_id)]
+        vec![IndexOp::insert(Table::CertificateByOwner, record.seq.to_be_bytes(), record.op_id)]
     };
     append(&mut store.journal, &[record(1, 100)]);
     catch_up(&mut store.index, &*store.journal.reader(), changes).unwrap();

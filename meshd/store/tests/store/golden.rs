@@ -1,6 +1,6 @@
 //! The format on disk is a promise: these bytes were written by the first version.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use mesh_store::{FileJournal, Journal, Snapshot, Snapshots, journal::FileOptions};
 
@@ -46,7 +46,18 @@ fn the_first_version_is_still_read() {
 fn the_first_version_is_still_written() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
-    assert!(files(folder.path()) == files(&golden()), "the format changed; it needs a version of its own");
+    let (written, first) = (without_room(folder.path()), without_room(&golden()));
+    assert!(written == first, "the format changed; it needs a version of its own");
+}
+
+/// The files without the room that segments have past their last frame, which is no part of the format.
+fn without_room(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = files(folder);
+    for (_, bytes) in files.iter_mut().filter(|(name, _)| name.starts_with("segment-")) {
+        let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        bytes.truncate(end);
+    }
+    files
 }
 
 /// Writes the files above, once for every version of the format.

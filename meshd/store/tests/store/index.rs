@@ -21,7 +21,7 @@ fn head(seq: u64) -> Head {
 /// What a record means in the index of these tests.
 fn changes(record: &StoredRecord) -> Vec<IndexOp> {
     vec![
-        IndexOp::insert(Table::AuditBySeq, record.seq.to_be_bytes(), record.op_id),
+        IndexOp::insert(Table::CertificateByOwner, record.seq.to_be_bytes(), record.op_id),
         IndexOp::insert(Table::CertificateBySerial, record.op_id, record.seq.to_be_bytes()),
     ]
 }
@@ -37,7 +37,7 @@ fn filled(path: &Path, records: u64) -> Store {
 
 fn dump(index: &Index) -> Vec<(Vec<u8>, Vec<u8>)> {
     let page = |table| index.page(table, &Page { limit: 1000, ..Page::default() }).unwrap();
-    [page(Table::AuditBySeq), page(Table::CertificateBySerial)].concat()
+    [page(Table::CertificateByOwner), page(Table::CertificateBySerial)].concat()
 }
 
 #[test]
@@ -47,8 +47,8 @@ fn a_frame_is_applied_with_its_head_and_survives_a_restart() {
     let mut index = Index::open(&path);
     assert_eq!(index.applied(), Head::EMPTY);
     let ops = [
-        IndexOp::insert(Table::AuditBySeq, *b"k", *b"audit"),
-        IndexOp::insert(Table::AuditByTime, *b"k", *b"time"),
+        IndexOp::insert(Table::CertificateByOwner, *b"k", *b"audit"),
+        IndexOp::insert(Table::CertificateByExpiry, *b"k", *b"time"),
         IndexOp::insert(Table::CertificateByExpiry, *b"gone", *b"x"),
     ];
     index.apply(&head(3), &ops).unwrap();
@@ -56,23 +56,23 @@ fn a_frame_is_applied_with_its_head_and_survives_a_restart() {
     drop(index);
     let index = Index::open(&path);
     assert_eq!(index.applied(), head(4));
-    assert_eq!(index.get(Table::AuditBySeq, b"k").unwrap().as_deref(), Some(&b"audit"[..]));
-    assert_eq!(index.get(Table::AuditByTime, b"k").unwrap().as_deref(), Some(&b"time"[..]));
+    assert_eq!(index.get(Table::CertificateByOwner, b"k").unwrap().as_deref(), Some(&b"audit"[..]));
+    assert_eq!(index.get(Table::CertificateByExpiry, b"k").unwrap().as_deref(), Some(&b"time"[..]));
     assert_eq!(index.get(Table::CertificateByExpiry, b"gone").unwrap(), None);
-    assert_eq!(index.get(Table::CertificateByIdentity, b"k").unwrap(), None);
+    assert_eq!(index.get(Table::CertificateByName, b"k").unwrap(), None);
 }
 
 #[test]
 fn what_is_too_large_leaves_the_frame_unapplied() {
     let parent = tempfile::tempdir().unwrap();
     let mut index = Index::open(parent.path().join("index"));
-    let fine = IndexOp::insert(Table::AuditBySeq, vec![1; KEY_BYTES_MAX], vec![1; VALUE_BYTES_MAX]);
-    let key = IndexOp::insert(Table::AuditBySeq, vec![1; KEY_BYTES_MAX + 1], *b"");
-    let value = IndexOp::insert(Table::AuditBySeq, *b"k", vec![1; VALUE_BYTES_MAX + 1]);
+    let fine = IndexOp::insert(Table::CertificateByOwner, vec![1; KEY_BYTES_MAX], vec![1; VALUE_BYTES_MAX]);
+    let key = IndexOp::insert(Table::CertificateByOwner, vec![1; KEY_BYTES_MAX + 1], *b"");
+    let value = IndexOp::insert(Table::CertificateByOwner, *b"k", vec![1; VALUE_BYTES_MAX + 1]);
     assert!(matches!(index.apply(&head(1), &[fine.clone(), key]), Err(IndexError::KeyTooLarge { .. })));
     assert!(matches!(index.apply(&head(1), &[fine.clone(), value]), Err(IndexError::ValueTooLarge { .. })));
     assert_eq!(index.applied(), Head::EMPTY);
-    assert!(index.page(Table::AuditBySeq, &Page { limit: 9, ..Page::default() }).unwrap().is_empty());
+    assert!(index.page(Table::CertificateByOwner, &Page { limit: 9, ..Page::default() }).unwrap().is_empty());
     index.apply(&head(1), &[fine]).unwrap();
 }
 
@@ -87,7 +87,7 @@ proptest! {
     ) {
         let parent = tempfile::tempdir().unwrap();
         let mut index = Index::open(parent.path().join("index"));
-        let mut ops: Vec<_> = keys.iter().map(|key| IndexOp::insert(Table::CertificateByIdentity, key.clone(), *b"v")).collect();
+        let mut ops: Vec<_> = keys.iter().map(|key| IndexOp::insert(Table::CertificateByName, key.clone(), *b"v")).collect();
         // Neighbours that must not show.
         ops.push(IndexOp::insert(Table::CertificateBySerial, [0xff; 4], *b"n"));
         ops.push(IndexOp::insert(Table::CertificateByExpiry, *b"", *b"n"));
@@ -103,7 +103,7 @@ proptest! {
         let (mut found, mut after): (Vec<Vec<u8>>, Option<Vec<u8>>) = (Vec::new(), None);
         loop {
             let page = Page { prefix: prefix.clone(), after: after.clone(), limit, order };
-            let entries = index.page(Table::CertificateByIdentity, &page).unwrap();
+            let entries = index.page(Table::CertificateByName, &page).unwrap();
             prop_assert!(entries.len() <= limit);
             let Some((last, _)) = entries.last() else { break };
             after = Some(last.clone());

@@ -1,6 +1,7 @@
 //! What the store promises, on real files.
 
 mod conformance;
+mod cut;
 mod damage;
 mod faults;
 mod golden;

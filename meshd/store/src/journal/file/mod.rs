@@ -1,3 +1,4 @@
+mod base;
 mod frame;
 mod head;
 mod reader;
@@ -13,6 +14,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use self::{
@@ -26,6 +28,8 @@ use crate::{disk, state::StateDir};
 
 /// Bytes of a segment, unless one frame alone needs more.
 pub const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
+/// Room on disk is taken in these steps, ahead of what is written.
+const ROOM_BYTES: u64 = 8 * 1024 * 1024;
 
 /// How a file journal is opened.
 #[derive(Debug, Clone)]
@@ -60,6 +64,8 @@ pub enum JournalError {
     Forked { seq: u64 },
     #[error("record {seq} is missing: the next segment begins at {found}")]
     Missing { seq: u64, found: u64 },
+    #[error("{} does not say where the journal begins", path.display())]
+    Base { path: PathBuf },
     #[error("cannot {attempt} {}", path.display())]
     Io { attempt: &'static str, path: PathBuf, source: io::Error },
 }
@@ -97,6 +103,8 @@ pub struct FileJournal {
     active: Option<Active>,
     head_file: HeadFile,
     broken: bool,
+    /// Seconds after which a segment takes no more records, by their times.
+    segment_secs: i64,
     /// After the files, so that it is let go last.
     lock: Option<StateDir>,
 }
@@ -109,6 +117,8 @@ struct Active {
     end: u64,
     /// Bytes that the file has on disk.
     room: u64,
+    /// Time of its first record.
+    since: i64,
 }
 
 impl FileJournal {
@@ -126,13 +136,18 @@ impl FileJournal {
         for path in leftovers {
             fs::remove_file(&path).map_err(|source| failed("remove", &path, source))?;
         }
-        let active = match catalog.segments.last() {
-            Some(segment) => Some(Active::open(segment, end)?),
-            None => None,
-        };
+        let last = catalog.segments.last().cloned();
         let head_file =
             HeadFile::open(folder).map_err(|source| failed("open", &folder.join(head::FILE), source))?;
         let catalog = SharedCatalog::new(catalog);
+        let active = match last {
+            Some(segment) => {
+                let first = FileReader::new(Arc::clone(&catalog)).read(segment.first_seq).next();
+                let since = first.and_then(Result::ok).map_or(i64::MAX, |record| record.time_secs);
+                Some(Active::open(&segment, end, since)?)
+            }
+            None => None,
+        };
         Ok(Self {
             folder: folder.to_owned(),
             options,
@@ -141,8 +156,15 @@ impl FileJournal {
             active,
             head_file,
             broken: false,
+            segment_secs: i64::MAX,
             lock: None,
         })
+    }
+
+    /// Begins a new segment at the latest when the records of the last one span `span`, so that old ones can be
+    /// [`cut`](JournalReader::cut) off in time.
+    pub fn limit_segment_span(&mut self, span: Duration) {
+        self.segment_secs = i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
     }
 
     /// Holds the state directory's lock as long as the journal is open.
@@ -152,23 +174,32 @@ impl FileJournal {
 
     /// Writes the frame where nothing was and syncs it. The outer error is a write that was surely undone;
     /// the inner one leaves it unknown.
-    fn write(&mut self, frame: &[u8]) -> Result<io::Result<()>, AppendError> {
+    fn write(&mut self, frame: &[u8], time_secs: i64) -> Result<io::Result<()>, AppendError> {
         let segment_bytes = self.options.segment_bytes;
         let length = frame.len() as u64;
         // An empty segment takes even a frame that is larger than a segment.
-        let fits = |active: &&mut Active| active.end == 0 || active.end + length <= segment_bytes;
+        let fits = |active: &&mut Active| {
+            let young = time_secs.saturating_sub(active.since) < self.segment_secs;
+            active.end == 0 || (young && active.end + length <= segment_bytes)
+        };
         let active = match self.active.as_mut().filter(fits) {
             Some(active) => active,
             None => {
-                let active =
-                    Active::create(Segment::at(&self.folder, self.head.seq + 1), segment_bytes, length)
-                        .map_err(refused)?;
+                let segment = Segment::at(&self.folder, self.head.seq + 1);
+                let active = Active::create(segment, room(length, segment_bytes), length, time_secs)
+                    .map_err(refused)?;
                 self.catalog.add_segment(active.segment.clone());
-                self.active.insert(active)
+                if let Some(full) = self.active.replace(active) {
+                    full.close();
+                }
+                self.active.as_mut().expect("it was just put there")
             }
         };
-        active.room =
-            reserve(&active.file, active.room, segment_bytes, active.end + length).map_err(refused)?;
+        if active.end == 0 {
+            active.since = time_secs;
+        }
+        let end = active.end + length;
+        active.room = reserve(&active.file, active.room, room(end, segment_bytes), end).map_err(refused)?;
         if let Err(source) = active.file.write_all_at(frame, active.end) {
             // What was written must not be found later, whatever of it reached the disk.
             return match active.file.set_len(active.end).and_then(|()| active.file.sync_all()) {
@@ -197,7 +228,7 @@ impl Journal for FileJournal {
             return Ok(Append::Conflict { head: self.head });
         }
         let (frame, head) = frame::encode(&self.head, records);
-        if let Err(source) = self.write(&frame)? {
+        if let Err(source) = self.write(&frame, records[0].time_secs)? {
             self.broken = true;
             return Ok(Append::Unknown { source });
         }
@@ -229,18 +260,30 @@ impl fmt::Debug for FileJournal {
 
 impl Active {
     /// Reopens the last segment, whose last frame ends at `end`.
-    fn open(segment: &Segment, end: u64) -> Result<Self, JournalError> {
+    fn open(segment: &Segment, end: u64, since: i64) -> Result<Self, JournalError> {
         let file = File::options().read(true).write(true).open(&segment.path);
         let file = file.map_err(|source| failed("open", &segment.path, source))?;
         // The room after the last frame is asked for again at the first append: a copy of the file, as
         // from a backup, has its length but not its blocks.
-        Ok(Self { segment: segment.clone(), file, end, room: end })
+        Ok(Self { segment: segment.clone(), file, end, room: end, since })
     }
 
-    fn create(segment: Segment, bytes: u64, least: u64) -> io::Result<Self> {
+    fn create(segment: Segment, bytes: u64, least: u64, since: i64) -> io::Result<Self> {
         let (file, room) = segment.create(bytes, least)?;
-        Ok(Self { segment, file, end: 0, room })
+        Ok(Self { segment, file, end: 0, room, since })
     }
+
+    /// Gives back the room that no frame will take. Zeroes that stay do no harm.
+    fn close(self) {
+        if let Err(error) = self.file.set_len(self.end) {
+            tracing::warn!(%error, segment = %self.segment.path.display(), "unused room stays with a full segment");
+        }
+    }
+}
+
+/// The room that a segment has on disk when its frames end at `end`.
+fn room(end: u64, segment_bytes: u64) -> u64 {
+    end.next_multiple_of(ROOM_BYTES).min(segment_bytes).max(end)
 }
 
 fn refused(source: io::Error) -> AppendError {

@@ -1,16 +1,21 @@
 use std::{
     collections::VecDeque,
-    fs::File,
+    fs::{self, File},
     io::{self, BufReader, Read, Seek, SeekFrom},
-    sync::{Arc, PoisonError, RwLock},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use super::{
+    base::Base,
     damaged,
     frame::{Damage, HEADER_BYTES, Header, TRAILER_BYTES},
     segment::Segment,
 };
-use crate::journal::{Head, JournalReader, ReadError, Records, StoredRecord};
+use crate::{
+    disk,
+    journal::{CutError, Head, JournalReader, ReadError, Records, StoredRecord},
+};
 
 const BUFFER_BYTES: usize = 128 * 1024;
 /// Frames between two places that a reader may start from.
@@ -21,6 +26,8 @@ const FRAMES_PER_MARK: u32 = 64;
 pub(crate) struct Catalog {
     pub(crate) segments: Vec<Segment>,
     pub(crate) head: Head,
+    pub(crate) base: Base,
+    /// By number of the first record.
     marks: Vec<Mark>,
     frames_since_mark: u32,
 }
@@ -34,8 +41,19 @@ struct Mark {
 }
 
 impl Catalog {
-    pub(crate) fn new() -> Self {
-        Self { segments: Vec::new(), head: Head::EMPTY, marks: Vec::new(), frames_since_mark: 0 }
+    pub(crate) fn new(base: Base) -> Self {
+        Self { segments: Vec::new(), head: base.head, base, marks: Vec::new(), frames_since_mark: 0 }
+    }
+
+    /// Forgets the first `count` segments.
+    fn forget(&mut self, count: usize, base: Base) {
+        self.segments.drain(..count);
+        self.marks.retain_mut(|mark| {
+            let stays = mark.segment >= count;
+            mark.segment = mark.segment.saturating_sub(count);
+            stays
+        });
+        self.base = base;
     }
 
     /// Notes a frame of the last segment; `head` is the one after it.
@@ -59,19 +77,31 @@ impl Catalog {
 
 /// A catalog that the writer extends while readers use it.
 #[derive(Debug)]
-pub(crate) struct SharedCatalog(RwLock<Catalog>);
+pub(crate) struct SharedCatalog {
+    catalog: RwLock<Catalog>,
+    /// One cuts at a time.
+    cutting: Mutex<()>,
+}
 
 impl SharedCatalog {
     pub(crate) fn new(catalog: Catalog) -> Arc<Self> {
-        Arc::new(Self(RwLock::new(catalog)))
+        Arc::new(Self { catalog: RwLock::new(catalog), cutting: Mutex::default() })
     }
 
     pub(crate) fn add_segment(&self, segment: Segment) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).segments.push(segment);
+        self.write().segments.push(segment);
     }
 
     pub(crate) fn advance(&self, first_seq: u64, offset: u64, head: Head) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).advance(first_seq, offset, head);
+        self.write().advance(first_seq, offset, head);
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Catalog> {
+        self.catalog.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Catalog> {
+        self.catalog.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -86,12 +116,12 @@ impl FileReader {
 
 impl JournalReader for FileReader {
     fn head(&self) -> Head {
-        self.0.0.read().unwrap_or_else(PoisonError::into_inner).head
+        self.0.read().head
     }
 
     fn read(&self, from_seq: u64) -> Records {
-        let catalog = self.0.0.read().unwrap_or_else(PoisonError::into_inner);
-        let from = from_seq.max(1);
+        let catalog = self.0.read();
+        let from = from_seq.max(catalog.base.head.seq + 1);
         let (mark, until) = (catalog.mark(from), catalog.head.seq);
         match mark.filter(|_| from <= until) {
             Some(mark) => Box::new(FileRecords {
@@ -106,6 +136,68 @@ impl JournalReader for FileReader {
             }),
             None => Box::new(std::iter::empty()),
         }
+    }
+
+    fn base(&self) -> Head {
+        self.0.read().base.head
+    }
+
+    fn parts(&self) -> Vec<u64> {
+        self.0.read().segments.iter().map(|segment| segment.first_seq).collect()
+    }
+
+    fn kept(&self) -> Result<Vec<StoredRecord>, ReadError> {
+        self.0.read().base.all()
+    }
+
+    fn record(&self, seq: u64) -> Result<Option<StoredRecord>, ReadError> {
+        {
+            let catalog = self.0.read();
+            if seq <= catalog.base.head.seq {
+                return catalog.base.find(seq);
+            }
+        }
+        Ok(JournalReader::read(self, seq).next().transpose()?.filter(|record| record.seq == seq))
+    }
+
+    fn cut(&self, through: u64, keep: &mut dyn FnMut(&StoredRecord) -> bool) -> Result<Head, CutError> {
+        let _turn = self.0.cutting.lock().unwrap_or_else(PoisonError::into_inner);
+        let (base, segments) = {
+            let catalog = self.0.read();
+            (catalog.base.clone(), catalog.segments.clone())
+        };
+        // A segment goes when the next one begins soon enough; so the one that is written stays.
+        let goes =
+            segments.windows(2).take_while(|pair| pair[1].first_seq <= through.saturating_add(1)).count();
+        let Some(folder) = segments.first().and_then(|first| first.path.parent()).filter(|_| goes > 0) else {
+            return Ok(base.head);
+        };
+        let end = segments[goes].first_seq - 1;
+        let mut kept = base.all()?;
+        kept.retain(|record| keep(record));
+        let mut head = base.head;
+        for record in JournalReader::read(self, base.head.seq + 1) {
+            let record = record?;
+            if record.seq > end {
+                break;
+            }
+            head = record.head();
+            if keep(&record) {
+                kept.push(record);
+            }
+        }
+        let failed = |attempt, path: &Path| {
+            let path = path.to_owned();
+            move |source| CutError::Io { attempt, path, source }
+        };
+        // Commit point: from here on the journal begins after `head`.
+        let base = Base::store(folder, &head, &kept).map_err(failed("write a base file in", folder))?;
+        self.0.write().forget(goes, base);
+        for segment in &segments[..goes] {
+            fs::remove_file(&segment.path).map_err(failed("remove", &segment.path))?;
+        }
+        disk::sync_folder(folder).map_err(failed("sync", folder))?;
+        Ok(head)
     }
 }
 

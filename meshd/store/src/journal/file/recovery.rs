@@ -8,7 +8,9 @@ use std::{
 };
 
 use super::{
-    Evidence, JournalError, Witness, failed,
+    Evidence, JournalError, Witness,
+    base::{self, Base, Trouble},
+    failed,
     frame::{Damage, HEADER_BYTES, Header, MAGIC, TRAILER_BYTES},
     head::{self, HeadFile},
     reader::{Catalog, Found, Scanner},
@@ -41,10 +43,21 @@ pub(crate) struct Tail {
 
 /// Reads all segments. Changes nothing.
 pub(crate) fn recover(folder: &Path, witnesses: &[Witness]) -> Result<Recovered, JournalError> {
-    let (segments, strays) = Segment::list(folder).map_err(|source| failed("list", folder, source))?;
-    let leftovers = strays.iter().filter(|name| is_temporary(name)).map(|name| folder.join(name)).collect();
+    let (mut segments, strays) = Segment::list(folder).map_err(|source| failed("list", folder, source))?;
+    let mut leftovers: Vec<PathBuf> =
+        strays.iter().filter(|name| is_temporary(name)).map(|name| folder.join(name)).collect();
     let beside = Beside::load(folder, strays, witnesses)?;
-    let mut recovery = Recovery { catalog: Catalog::new(), end: 0, beside };
+    let base = Base::load(folder).map_err(|trouble| {
+        let path = folder.join(base::FILE);
+        match trouble {
+            Trouble::Io(source) => failed("read", &path, source),
+            Trouble::Damaged => JournalError::Base { path },
+        }
+    })?;
+    // Segments that were to be removed when the process ended.
+    let gone = segments.windows(2).take_while(|pair| pair[1].first_seq <= base.head.seq + 1).count();
+    leftovers.extend(segments.drain(..gone).map(|segment| segment.path));
+    let mut recovery = Recovery { catalog: Catalog::new(base), end: 0, beside };
     let last = segments.len().saturating_sub(1);
     let mut tail = None;
     for (index, segment) in segments.into_iter().enumerate() {
@@ -57,7 +70,8 @@ pub(crate) fn recover(folder: &Path, witnesses: &[Witness]) -> Result<Recovered,
 
 /// Whether we name files so while we write them.
 fn is_temporary(name: &str) -> bool {
-    name.strip_suffix(".new").is_some_and(|name| segment::is_segment(name) || snapshot::is_snapshot(name))
+    name.strip_suffix(".new")
+        .is_some_and(|name| segment::is_segment(name) || snapshot::is_snapshot(name) || name == base::FILE)
 }
 
 struct Recovery {

@@ -31,7 +31,8 @@ impl Segment {
             let name = name.to_string_lossy();
             match number(&name, PREFIX) {
                 Some(first_seq) => segments.push(Self::at(folder, first_seq)),
-                None if name == super::head::FILE || crate::snapshot::is_snapshot(&name) => {}
+                None if name == super::head::FILE || name == super::base::FILE => {}
+                None if crate::snapshot::is_snapshot(&name) => {}
                 None => strays.push(name.into_owned()),
             }
         }
