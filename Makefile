@@ -58,7 +58,11 @@ test-kernel: deps
 		qemu-system-x86_64:qemu-system-x86 busybox:busybox cpio:cpio depmod:kmod
 	@tests/kernel/run
 
-.PHONY: bench-ocsp bench-revocation
+.PHONY: bench-ocsp bench-revocation bench-retention
+# Ninety days of 1,000 nodes that renew every 24 h, in virtual time: what the store takes on disk.
+bench-retention:
+	cargo test --locked --release -p mesh-controller --lib -- ninety_days --ignored --nocapture
+
 # OCSP responses a second, client included; and the time of one revocation at 10^2, 10^4 and 10^6 revoked.
 bench-ocsp:
 	cargo test --release -p mesh-controller --test controller -- ocsp::rate --ignored --nocapture

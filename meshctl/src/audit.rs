@@ -135,7 +135,7 @@ async fn verify(app: &App) -> Result<Exit> {
             "AuditVerification",
             &json!({
                 "intact": answer.intact, "firstSeq": answer.first_seq, "lastSeq": answer.last_seq,
-                "headHash": hex::encode(&answer.head_hash), "badSeq": answer.bad_seq, "problem": answer.problem,
+                "headHash": hex::encode(&answer.head_hash), "baseHash": hex::encode(&answer.base_hash), "badSeq": answer.bad_seq, "problem": answer.problem,
             }),
         );
     } else {
@@ -146,8 +146,16 @@ async fn verify(app: &App) -> Result<Exit> {
 
 fn sentence(answer: &pb::AuditVerifyResponse) -> String {
     if answer.intact {
+        let older = match answer.base_hash.is_empty() {
+            true => String::new(),
+            false => format!(
+                "; record {} and older are gone by retention, the chain continues {}",
+                answer.first_seq.saturating_sub(1),
+                hex::encode(&answer.base_hash)
+            ),
+        };
         return format!(
-            "{}: records {} to {} form one chain, head {}",
+            "{}: records {} to {} form one chain, head {}{older}",
             paint(Tone::Good, "intact"),
             answer.first_seq,
             answer.last_seq,
@@ -181,5 +189,19 @@ mod tests {
             pb::AuditVerifyResponse { bad_seq: 5, problem: "hash differs".into(), ..Default::default() };
         let text = anstream::adapter::strip_str(&sentence(&bad)).to_string();
         assert_eq!(text, "NOT intact: record 5: hash differs");
+        let mut good = pb::AuditVerifyResponse {
+            intact: true,
+            first_seq: 1,
+            last_seq: 9,
+            head_hash: vec![0xab].into(),
+            ..Default::default()
+        };
+        let said = |answer: &_| anstream::adapter::strip_str(&sentence(answer)).to_string();
+        assert_eq!(said(&good), "intact: records 1 to 9 form one chain, head ab");
+        (good.first_seq, good.base_hash) = (5, vec![0xcd].into());
+        assert_eq!(
+            said(&good),
+            "intact: records 5 to 9 form one chain, head ab; record 4 and older are gone by retention, the chain continues cd"
+        );
     }
 }

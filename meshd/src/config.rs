@@ -37,6 +37,7 @@ pub(crate) struct ControllerSettings {
     pub(crate) metrics_listen: String,
     pub(crate) relay: bool,
     pub(crate) relay_bytes_per_second: u64,
+    pub(crate) retention_days: u32,
     pub(crate) log_format: LogFormat,
 }
 
@@ -86,6 +87,7 @@ stun_listen = ""
 metrics_listen = ""
 relay = true
 relay_bytes_per_second = 4194304
+retention_days = 30
 log_format = "text"
 "#;
 

@@ -235,6 +235,7 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         stun_listen,
         relay,
         metrics_listen,
+        retention: days(parsed.retention_days),
         announce: true,
     };
     let log = parsed.log_format;
@@ -256,6 +257,11 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
             ended => return Ok(ended?),
         }
     }
+}
+
+/// A number of days; 0 stands for ever.
+fn days(number: u32) -> Option<std::time::Duration> {
+    (number > 0).then(|| std::time::Duration::from_secs(u64::from(number) * 86_400))
 }
 
 fn node_run(settings: &Settings) -> Result<(), Failure> {

@@ -215,6 +215,7 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         stun_listen: mesh_controller::StunListen::LikeTls,
         relay: Some(mesh_controller::RelayLimit::default()),
         metrics_listen: None,
+        retention: None,
         announce: false,
     };
     let socket = config.socket.clone();

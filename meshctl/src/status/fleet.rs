@@ -29,6 +29,7 @@ fn lines(status: &pb::FleetStatus, now: i64, wide: bool) -> Vec<String> {
     } else {
         lines.extend(node::listing(&status.nodes, now, wide).table.lines());
     }
+    lines.extend(status.store.as_ref().filter(|_| wide).map(|store| store_line(store, now)));
     lines.extend(next_steps(&status.findings));
     lines
 }
@@ -52,6 +53,27 @@ fn head(status: &pb::FleetStatus, now: i64) -> String {
     parts.join("   ")
 }
 
+/// `controller's store 43.1 MiB, records from #1200 (33d ago), certificates remembered 30d after their end`
+fn store_line(store: &pb::StoreInfo, now: i64) -> String {
+    let retention = match store.retention_secs {
+        0 => "certificates remembered for ever".to_owned(),
+        secs => format!("certificates remembered {}d after their end", secs / 86_400),
+    };
+    let size = store.bytes as f64 / (1024.0 * 1024.0);
+    format!(
+        "controller's store {size:.1} MiB, records from #{} ({}), {retention}",
+        store.first_seq,
+        ago(store.oldest, now)
+    )
+}
+
+fn store_document(store: &pb::StoreInfo) -> Value {
+    json!({
+        "bytes": store.bytes, "firstSeq": store.first_seq, "oldest": rfc3339(store.oldest),
+        "retentionSecs": store.retention_secs,
+    })
+}
+
 fn document(status: &pb::FleetStatus) -> Value {
     json!({
         "fleet": status.fleet, "trustDomain": status.trust_domain, "controller": status.controller,
@@ -59,6 +81,7 @@ fn document(status: &pb::FleetStatus) -> Value {
         "issuingNotAfter": rfc3339(status.issuing_not_after), "crlNumber": status.crl_number,
         "crlThisUpdate": rfc3339(status.crl_this_update), "crlSignedAt": rfc3339(status.crl_signed_at), "survivesUntil": rfc3339(status.survives_until),
         "headSeq": status.head_seq, "controllerTime": rfc3339(status.controller_time),
+        "store": status.store.as_ref().map(store_document),
         "findings": finding_documents(&status.findings),
         "nodes": status.nodes.iter().map(node::document).collect::<Vec<_>>(),
     })
@@ -105,6 +128,21 @@ mod tests {
         db-2  100.64.0.22  db    now        31h   late
         next, on db-2: meshctl doctor
         ");
+    }
+
+    #[test]
+    fn the_store_is_a_line_of_the_wide_form() {
+        let store = pb::StoreInfo {
+            bytes: 45_193_626,
+            first_seq: 1200,
+            oldest: NOW - 33 * 86_400,
+            retention_secs: 30 * 86_400,
+        };
+        let status = pb::FleetStatus { store: Some(store), ..pb::FleetStatus::default() };
+        let line = "controller's store 43.1 MiB, records from #1200 (33d ago), certificates remembered 30d after their end";
+        assert_eq!(lines(&status, NOW, true).last().unwrap(), line);
+        assert!(!lines(&status, NOW, false).iter().any(|other| other == line));
+        assert_eq!(document(&status)["store"]["firstSeq"], 1200);
     }
 
     #[test]

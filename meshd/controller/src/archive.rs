@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use mesh_core::{CertificateRecord, Change, Record, Serial};
+use mesh_core::{CertificateRecord, Change, Record, Serial, UtcTime};
 use mesh_store::{JournalReader, StoredRecord};
 
 use crate::codec::decode_record;
@@ -29,10 +29,11 @@ impl Archive {
         &*self.0
     }
 
-    /// The record at `seq`, as stored and as understood.
+    /// The record at `seq`, as stored and as understood; `None` if there is none, or none any more.
     pub(crate) fn record(&self, seq: u64) -> Result<Option<(StoredRecord, Record)>, Problem> {
-        let Some(stored) = self.0.read(seq).next() else { return Ok(None) };
+        let stored = self.0.record(seq);
         let stored = stored.map_err(|error| Problem::internal_error("cannot read the journal", &error))?;
+        let Some(stored) = stored else { return Ok(None) };
         let record = decode_record(&stored.bytes)
             .map_err(|error| Problem::internal_error("cannot read a record", &error))?;
         Ok(Some((stored, record)))
@@ -58,6 +59,23 @@ impl Archive {
         Ok(self.record(seq)?.and_then(|(_, record)| record.changes.into_iter().find_map(issued)))
     }
 
+    /// The first record made at or after `since`; past the head if there is none. Times never fall from record to
+    /// record, so a few look-ups find it.
+    pub(crate) fn first_since(&self, since: UtcTime) -> Result<u64, Problem> {
+        let (mut low, mut high) = (self.0.base().seq + 1, self.0.head().seq + 1);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let stored = self.0.read(middle).next().transpose();
+            let stored =
+                stored.map_err(|error| Problem::internal_error("cannot read the journal", &error))?;
+            match stored {
+                Some(stored) if stored.time_secs < since.unix() => low = middle + 1,
+                _ => high = middle,
+            }
+        }
+        Ok(low)
+    }
+
     /// First octets of the hash at `seq`: what a cursor carries.
     pub(crate) fn hash8(&self, seq: u64) -> Result<Option<[u8; 8]>, Problem> {
         let hash = self
@@ -70,6 +88,18 @@ impl Archive {
 
 /// The certificate in a change that issues one.
 pub(crate) fn issued(change: Change) -> Option<CertificateRecord> {
+    match change {
+        Change::ControllerCertified { certificate }
+        | Change::ResponderCertified { certificate }
+        | Change::NodeEnrolled { certificate, .. }
+        | Change::IdentityRenewed { certificate, .. }
+        | Change::CertificateIssued { certificate } => Some(certificate),
+        _ => None,
+    }
+}
+
+/// The same, to look at.
+pub(crate) fn issued_in(change: &Change) -> Option<&CertificateRecord> {
     match change {
         Change::ControllerCertified { certificate }
         | Change::ResponderCertified { certificate }

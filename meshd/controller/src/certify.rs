@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mesh_ca::{Identity, Label, Profile};
+use mesh_ca::{Identity, Label, Profile, VerifiedCsr};
 use mesh_core::profile::{KeyType, service_label};
 use mesh_core::world::{Asker, Wish};
 use mesh_core::{
-    Actor, CertificateRecord, Command, DnsName, KeyHash, Made, OperationId, Owner, ProfileName, Refusal,
-    Request,
+    Actor, CertificateRecord, Change, Command, DnsName, KeyHash, Made, OperationId, Owner, ProfileName,
+    Refusal, Request,
 };
 use mesh_proto::v1 as pb;
 
@@ -63,33 +63,48 @@ impl Certifier {
             .actor()
             .ok_or_else(|| Problem::denied(&order.caller.describe(), "Certificates/Issue"))?;
         let (mut request, custom) = self.leaf(&order, &actor)?;
-        let csr = self.issuing.verify(order.csr).await?;
-        let made = match custom {
-            None => None,
+        let Order { csr, operation, restart, pair_name, .. } = order;
+        let uri = request.identity.as_ref().map(|i| i.to_spiffe(self.issuing.authority().domain()));
+        let committed = match custom {
+            None => {
+                let request = move |csr: &VerifiedCsr| {
+                    let (names, ips) = (&request.names, &request.ips);
+                    check_requested_names(csr.requested_names(), names, ips, uri.as_deref())?;
+                    Ok(request)
+                };
+                let command = move |certificate| {
+                    let command = Command::IssueCertificate { certificate, restart, made: None };
+                    Request { actor, operation, command }
+                };
+                self.issuing.certify(csr.clone(), request, (&self.writer, command)).await?
+            }
             Some((name, profile)) => {
+                let csr = self.issuing.verify(csr.clone()).await?;
                 let key = key_type(csr.public_key().algorithm());
                 request.custom = Some(self.custom(&name, &profile, key, &request).await?);
-                Some(Box::new(Made { profile, key }))
+                let (names, ips) = (&request.names, &request.ips);
+                check_requested_names(csr.requested_names(), names, ips, uri.as_deref())?;
+                let certificate = self.issuing.sign(request, csr).await?;
+                let made = Some(Box::new(Made { profile, key }));
+                let command = Command::IssueCertificate { certificate, restart, made };
+                // Commit point.
+                self.writer.submit(Request { actor, operation, command }).await?
             }
         };
-        let uri = request.identity.as_ref().map(|i| i.to_spiffe(self.issuing.authority().domain()));
-        check_requested_names(csr.requested_names(), &request.names, &request.ips, uri.as_deref())?;
-        let key_hash = KeyHash(csr.key_hash());
-        let certificate = self.issuing.sign(request, csr).await?;
-        let command =
-            Command::IssueCertificate { certificate: certificate.clone(), restart: order.restart, made };
-        let request = Request { actor, operation: order.operation, command };
-        // Commit point.
-        let committed = self.writer.submit(request).await?;
-        if committed.changed() {
-            tracing::info!(serial = %certificate.serial, pair = order.pair_name, profile = certificate.profile, "certificate issued");
-            return Ok(certificate);
+        let issued = committed.changes().iter().find_map(|change| match change {
+            Change::CertificateIssued { certificate } => Some(certificate),
+            _ => None,
+        });
+        if let Some(certificate) = issued {
+            tracing::info!(serial = %certificate.serial, pair = pair_name, profile = certificate.profile, "certificate issued");
+            return Ok(certificate.clone());
         }
+        let key_hash = KeyHash(self.issuing.verify(csr).await?.key_hash());
         let (archive, seq) = (self.archive.clone(), committed.seq);
         let earlier = self.issuing.on_pool(move || archive.issued_at(seq)).await?;
         earlier
             .filter(|certificate| certificate.key_hash == key_hash)
-            .ok_or_else(|| Refusal::OperationReused { operation: order.operation }.into())
+            .ok_or_else(|| Refusal::OperationReused { operation }.into())
     }
 
     /// The template's content: owner and SPIFFE ID by the caller, names by the request, which

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use zeroize::Zeroizing;
 
@@ -184,6 +185,8 @@ pub struct RunConfig {
     pub relay: Option<RelayLimit>,
     /// Loopback address at which figures for Prometheus are served; port 0 takes a free one. `None`: not at all.
     pub metrics_listen: Option<SocketAddr>,
+    /// How long after its end a certificate is remembered, and how long the journal goes back; `None`: for ever.
+    pub retention: Option<Duration>,
     /// Print `listening on ADDR` on standard output once requests are served.
     pub announce: bool,
 }

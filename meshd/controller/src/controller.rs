@@ -41,6 +41,7 @@ use crate::receipts::Receipts;
 use crate::relay::RelayHub;
 use crate::renew::Renewer;
 use crate::reservations::Reservations;
+use crate::retention::{self, Keeper};
 use crate::revoke::Revoker;
 use crate::service;
 use crate::sightings::Sightings;
@@ -89,6 +90,7 @@ pub struct Controller {
     journal_folder: PathBuf,
     socket: PathBuf,
     snapshots: SnapshotTaker,
+    keeper: Keeper,
     sightings: Sightings,
     writer_thread: JoinHandle<()>,
     stop: ShutdownToken,
@@ -113,7 +115,10 @@ impl Controller {
         let Environment { clock, journal } = environment;
         config.advertise.iter().try_for_each(|address| check_advertised(address))?;
         config.publishing.url.iter().try_for_each(|url| check_publish_url(url))?;
-        let (state, store) = StateDir::open(&config.state_dir)?;
+        let (state, mut store) = StateDir::open(&config.state_dir)?;
+        if let Some(retention) = config.retention {
+            store.journal.limit_segment_span(retention::segment_span(retention));
+        }
         let settings = state.settings()?;
         let journal = journal.unwrap_or_else(|| Box::new(store.journal));
         let (world, head) = load_world(&state, &*journal, &store.snapshots)?;
@@ -138,8 +143,8 @@ impl Controller {
         let controllers = advertised(&config, &settings, address);
 
         let archive = Archive::new(journal.reader());
-        let history = History::new(store.index, archive.clone(), domain.to_string());
         let directory = Arc::new(Directory::new(world, head));
+        let history = History::new(store.index, archive.clone(), Arc::clone(&directory), domain.to_string());
         let fatal = ShutdownToken::new();
         let (writer, writer_thread) = Writer::start(WriterParts {
             journal,
@@ -148,7 +153,8 @@ impl Controller {
             fatal: fatal.clone(),
         })
         .map_err(|error| StartupError::internal("cannot start the writer", error))?;
-        let issuing = Issuing::new(Arc::clone(&authority), Arc::clone(&directory), Arc::clone(&clock));
+        let issuing = Issuing::new(Arc::clone(&authority), Arc::clone(&directory), Arc::clone(&clock))
+            .map_err(|error| StartupError::internal("cannot start the signers' threads", error))?;
         let publishing = Publishing {
             url: config.publishing.url.clone().or_else(|| settings.publish_url.clone()),
             ..config.publishing.clone()
@@ -213,6 +219,13 @@ impl Controller {
             journal_id: mesh.journal_id,
             incarnation: settings.incarnation,
         };
+        let keeper = Keeper {
+            directory: Arc::clone(&directory),
+            history: history.clone(),
+            archive: archive.clone(),
+            snapshots: store.snapshots.clone(),
+            retention: config.retention,
+        };
         let snapshots = SnapshotTaker::new(Arc::clone(&directory), store.snapshots, head.seq);
         let udp_port = udp.as_ref().and_then(|socket| Some(socket.local_addr().ok()?.port())).unwrap_or(0);
         let relay = config.relay.map(|limit| {
@@ -266,6 +279,8 @@ impl Controller {
             controller_name: settings.name,
             state_dir: state.root().to_owned(),
             unlock: settings.unlock,
+            state: state.clone(),
+            retention: config.retention,
             directory,
             writer,
             issuing,
@@ -307,6 +322,7 @@ impl Controller {
             journal_folder: config.state_dir.join(mesh_store::JOURNAL_FOLDER),
             socket: config.socket,
             snapshots,
+            keeper,
             sightings,
             writer_thread,
             stop,
@@ -347,6 +363,7 @@ impl Controller {
             journal_folder,
             socket,
             snapshots,
+            keeper,
             writer_thread,
             stop,
             fatal,
@@ -397,14 +414,14 @@ impl Controller {
             tasks.spawn(async move { own.keep_fresh(stop).await });
         }
         {
-            let (history, directory, stop) =
-                (parts.history.clone(), Arc::clone(&parts.directory), stop.clone());
-            tasks.spawn(async move { history.run(directory, stop).await });
+            let (history, stop) = (parts.history.clone(), stop.clone());
+            tasks.spawn(async move { history.run(stop).await });
         }
         {
             let stop = stop.clone();
             tasks.spawn(async move { snapshots.run(stop).await });
         }
+        tasks.spawn(keeper.run(stop.clone()));
         {
             let stop = stop.clone();
             tasks.spawn(async move { sightings.run(stop).await });
@@ -464,6 +481,16 @@ pub(crate) fn load_world(
         }
         None => (World::new(), 1),
     };
+    let base = journal.reader().base().seq;
+    if from <= base {
+        return Err(StartupError::StateCorrupt {
+            path: state.root().into(),
+            what: format!(
+                "none of its snapshots can be read, and the records up to {base} are gone by retention"
+            ),
+            source: None,
+        });
+    }
     for stored in journal.read(from) {
         let stored = stored.map_err(|error| unreadable("its journal cannot be read", &error))?;
         let record = decode_record(&stored.bytes)

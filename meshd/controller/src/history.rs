@@ -1,5 +1,5 @@
-//! The index of what the journal said: certificates that have ended, and where in the audit log a
-//! time lies. It may be lost at any time; then it is made again from the journal.
+//! The index of what the journal said of certificates, also of those that have ended. It may be lost at any time; then it
+//! is made again from the journal.
 
 mod inventory;
 
@@ -8,17 +8,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mesh_core::{Change, Record, Serial, UtcTime};
 use mesh_proto::v1 as pb;
 use mesh_runtime::ShutdownToken;
-use mesh_store::{Index, IndexError, IndexOp, Page, StoredRecord, Table};
+use mesh_store::{Index, IndexError, IndexOp, StoredRecord, Table};
 use prost::Message as _;
 
-use crate::archive::{Archive, issued};
+use crate::archive::{Archive, issued_in};
 use crate::codec::decode_record;
-use crate::directory::Directory;
-use crate::limits::{PURGE_PERIOD, RETENTION};
+use crate::directory::{self, Directory};
+use crate::limits::{FOLLOW_PAUSE, INDEX_REST, INDEX_TURN_RECORDS};
 use crate::status::Problem;
 
 pub(crate) use inventory::{CertificatePage, Query, Scope, State, is_cursor, state};
 
+/// Frames whose changes go to the index in one batch.
+const FRAMES_PER_BATCH: usize = 16;
 /// Ends the key of a certificate's revocation, beside that of the certificate.
 const REVOKED_SUFFIX: u8 = b'r';
 
@@ -27,57 +29,101 @@ const REVOKED_SUFFIX: u8 = b'r';
 pub(crate) struct History {
     index: Arc<Mutex<Option<Index>>>,
     archive: Archive,
+    directory: Arc<Directory>,
     /// The trust domain, for names in stored messages.
     domain: String,
 }
 
 impl History {
-    pub(crate) fn new(index: Index, archive: Archive, domain: String) -> Self {
-        Self { index: Arc::new(Mutex::new(Some(index))), archive, domain }
+    pub(crate) fn new(index: Index, archive: Archive, directory: Arc<Directory>, domain: String) -> Self {
+        Self { index: Arc::new(Mutex::new(Some(index))), archive, directory, domain }
     }
 
-    /// Applies new records until shutdown. A failing index costs history, never the controller.
-    pub(crate) async fn run(&self, directory: Arc<Directory>, shutdown: ShutdownToken) {
-        let mut head = directory.watch();
-        let mut purging = tokio::time::interval(PURGE_PERIOD);
-        purging.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    /// Applies new records until shutdown. A failing index costs history, never the controller: it takes a small part of
+    /// the processor however many callers come, and falls behind instead. Whoever asks it something brings it up to date first.
+    pub(crate) async fn run(&self, shutdown: ShutdownToken) {
+        let (mut head, mut last) = (self.directory.watch(), 0);
         loop {
             head.mark_unchanged();
-            self.on_thread(Self::catch_up).await;
+            let (history, began) = (self.clone(), tokio::time::Instant::now());
+            let turn = tokio::task::spawn_blocking(move || {
+                history.follow_by(INDEX_TURN_RECORDS);
+                history.applied()
+            });
+            let applied = turn.await.unwrap_or_else(|error| {
+                tracing::error!(%error, "the index could not be brought up to date");
+                last
+            });
+            let advanced = std::mem::replace(&mut last, applied) < applied;
+            let pause = FOLLOW_PAUSE.max(began.elapsed() * INDEX_REST);
+            if advanced && applied < self.directory.head().seq {
+                tokio::select! {
+                    () = shutdown.cancelled() => return,
+                    () = tokio::time::sleep(pause) => {}
+                }
+                continue;
+            }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                changed = head.changed() => if changed.is_err() { return },
-                // By the journal's time: a clock that runs ahead must not empty the index.
-                _ = purging.tick() => {
-                    let before = directory.read(|world| world.last_time());
-                    let before = UtcTime(before.unix() - RETENTION.as_secs() as i64);
-                    self.on_thread(move |history| history.purge(before)).await;
-                }
+                changed = directory::changed(&mut head, pause) => if changed.is_err() { return },
             }
-        }
-    }
-
-    async fn on_thread(&self, work: impl FnOnce(&Self) + Send + 'static) {
-        let history = self.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || work(&history)).await {
-            tracing::error!(%error, "the index could not be brought up to date");
         }
     }
 
     /// Brings the index up to the journal's head. Blocks.
     pub(crate) fn catch_up(&self) {
+        self.follow_by(usize::MAX);
+    }
+
+    /// Brings the index nearer to the journal's head, by about so many records at most. Blocks.
+    fn follow_by(&self, limit: usize) {
         let mut index = self.lock();
         let Some(index) = index.as_mut() else { return };
-        let outcome = mesh_store::catch_up(index, self.archive.reader(), |stored| self.ops_of(stored));
+        if self.follow_recent(index, limit) {
+            return;
+        }
+        let outcome =
+            mesh_store::catch_up_by(index, self.archive.reader(), limit, |stored| self.ops_of(stored));
         if let Err(error) = outcome {
             tracing::error!(error = mesh_runtime::chain(&error), "the index is behind the journal");
         }
     }
 
+    /// Applies what is still in memory, the usual case. `false` if that is not enough, or if the index fails: the
+    /// journal says the rest.
+    fn follow_recent(&self, index: &mut Index, limit: usize) -> bool {
+        let head = self.directory.head();
+        if index.applied() == head {
+            return true;
+        }
+        let Some(frames) = self.directory.recent(index.applied().seq) else { return false };
+        let mut done = 0;
+        for batch in frames.chunks(FRAMES_PER_BATCH) {
+            let mut ops = Vec::new();
+            for (seq, record) in batch.iter().flat_map(|frame| &frame.records) {
+                self.record_ops(*seq, record, &mut ops);
+                done += 1;
+            }
+            let last = batch.last().map_or(head, |frame| frame.head);
+            if index.apply(&last, &ops).is_err() {
+                return false;
+            }
+            if done >= limit {
+                break;
+            }
+        }
+        true
+    }
+
     /// The record that issued a certificate, also one that World has forgotten. Blocks.
     pub(crate) fn issued_seq(&self, serial: &Serial) -> Result<Option<u64>, Problem> {
-        let value = self.get(Table::CertificateByIdentity, &serial.0)?;
-        Ok(value.and_then(|value| value.try_into().ok()).map(u64::from_be_bytes))
+        let value = self.get(Table::CertificateBySerial, &serial.0)?;
+        Ok(value.and_then(|value| inventory::unstored(&value)).map(|(seq, _)| seq))
+    }
+
+    /// The last record that the index knows. Blocks.
+    pub(crate) fn applied(&self) -> u64 {
+        self.lock().as_ref().map_or(0, |index| index.applied().seq)
     }
 
     /// A page of certificates. Blocks.
@@ -86,7 +132,7 @@ impl History {
         inventory::find(index.as_ref().ok_or_else(closed)?, query).map_err(failed)
     }
 
-    /// Removes certificates that ended before `before`; the journal and the audit log keep them. Blocks.
+    /// Removes certificates that ended before `before`. Blocks.
     pub(crate) fn purge(&self, before: UtcTime) {
         let mut purged = 0;
         loop {
@@ -108,30 +154,15 @@ impl History {
         }
     }
 
-    /// The first record made at or after `since`; past the head if there is none. Blocks.
-    pub(crate) fn first_since(&self, since: UtcTime, head: u64) -> Result<u64, Problem> {
-        let before = [sortable(since.unix().saturating_sub(1)), [0xff; 8]].concat();
-        let page = Page { after: Some(before), limit: 1, ..Page::default() };
-        let index = self.lock();
-        let index = index.as_ref().ok_or_else(closed)?;
-        let entries = index.page(Table::AuditByTime, &page).map_err(failed)?;
-        let seq = entries.first().and_then(|(key, _)| key.last_chunk::<8>().copied());
-        Ok(seq.map_or(head + 1, u64::from_be_bytes))
-    }
-
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
         self.lock().as_ref().ok_or_else(closed)?.get(table, key).map_err(failed)
     }
 
-    /// What a record means for the index; depends on the record alone.
+    /// What a stored record means for the index; depends on the record alone.
     fn ops_of(&self, stored: &StoredRecord) -> Vec<IndexOp> {
-        let mut ops = vec![IndexOp::insert(
-            Table::AuditByTime,
-            [sortable(stored.time_secs), stored.seq.to_be_bytes()].concat(),
-            [],
-        )];
+        let mut ops = Vec::new();
         match decode_record(&stored.bytes) {
-            Ok(record) => self.certificate_ops(stored.seq, record, &mut ops),
+            Ok(record) => self.record_ops(stored.seq, &record, &mut ops),
             Err(error) => {
                 tracing::error!(
                     seq = stored.seq,
@@ -143,20 +174,19 @@ impl History {
         ops
     }
 
-    fn certificate_ops(&self, seq: u64, record: Record, ops: &mut Vec<IndexOp>) {
-        let at = record.at;
-        for change in record.changes {
-            if let Change::CertificateRevoked { serial, reason } = &change {
+    fn record_ops(&self, seq: u64, record: &Record, ops: &mut Vec<IndexOp>) {
+        for change in &record.changes {
+            if let Change::CertificateRevoked { serial, reason } = change {
                 let revocation = pb::Certificate {
-                    revoked_at: at.unix(),
+                    revoked_at: record.at.unix(),
                     reason: reason.to_string(),
                     ..pb::Certificate::default()
                 };
                 let key = [serial.0.as_slice(), &[REVOKED_SUFFIX]].concat();
                 ops.push(IndexOp::insert(Table::CertificateBySerial, key, revocation.encode_to_vec()));
             }
-            if let Some(certificate) = issued(change) {
-                ops.extend(inventory::issued_ops(&self.domain, seq, &certificate));
+            if let Some(certificate) = issued_in(change) {
+                ops.extend(inventory::issued_ops(&self.domain, seq, certificate));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Preparing certificates around the writer: in parallel, on a bounded blocking pool.
+//! Preparing certificates around the writer: in parallel, on a few threads of their own.
 //!
 //! The order never changes: verify the CSR's own signature, build the template from the profile,
 //! check the template, draw the serial, sign, read back and lint; then the caller has the writer
@@ -14,18 +14,20 @@ use mesh_ca::{
 };
 use mesh_core::profile::Profile;
 use mesh_core::world::Place;
-use mesh_core::{CertificateRecord, KeyId, Owner, Policy, ProfileName, Serial};
+use mesh_core::{CertificateRecord, KeyId, Owner, Policy, ProfileName, Request, Serial};
 use mesh_proto::v1::ErrorCode;
 use mesh_runtime::SharedClock;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::authority::{Authority, CaRole, IssueProblem, LeafRequest, draw_serial};
 use crate::directory::Directory;
 use crate::limits::{CSR_BYTES_MAX, PREPARATIONS_MAX};
 use crate::profiles::Profiles;
+use crate::signers::{Signers, guarded};
 use crate::status::Problem;
+use crate::writer::{Committed, WriteError, Writer};
 
-/// Verifies CSRs and signs leaves; no more than [`PREPARATIONS_MAX`] at a time.
+/// Verifies CSRs and signs leaves; no more than [`PREPARATIONS_MAX`] wait at a time.
 #[derive(Debug, Clone)]
 pub(crate) struct Issuing {
     authority: Arc<Authority>,
@@ -33,12 +35,19 @@ pub(crate) struct Issuing {
     clock: SharedClock,
     permits: Arc<Semaphore>,
     profiles: Arc<Profiles>,
+    signers: Signers,
 }
 
 impl Issuing {
-    pub(crate) fn new(authority: Arc<Authority>, directory: Arc<Directory>, clock: SharedClock) -> Self {
-        let permits = Arc::new(Semaphore::new(PREPARATIONS_MAX));
-        Self { authority, directory, clock, permits, profiles: Arc::default() }
+    /// Starts the threads that sign.
+    pub(crate) fn new(
+        authority: Arc<Authority>,
+        directory: Arc<Directory>,
+        clock: SharedClock,
+    ) -> std::io::Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let (permits, signers) = (Arc::new(Semaphore::new(PREPARATIONS_MAX)), Signers::start(cores)?);
+        Ok(Self { authority, directory, clock, permits, profiles: Arc::default(), signers })
     }
 
     pub(crate) fn authority(&self) -> &Arc<Authority> {
@@ -75,22 +84,8 @@ impl Issuing {
 
     /// Parses a CSR and checks that its maker holds the key.
     pub(crate) async fn verify(&self, csr: Bytes) -> Result<Arc<VerifiedCsr>, Problem> {
-        if csr.len() > CSR_BYTES_MAX {
-            return Err(Problem::too_large("CSR", CSR_BYTES_MAX));
-        }
-        let authority = Arc::clone(&self.authority);
-        self.on_pool(move || {
-            let verified = Csr::parse(&csr)?.verify()?;
-            if authority.is_own_key(&verified.key_hash()) {
-                return Err(Problem::new(
-                    ErrorCode::KeyInUse,
-                    "the CSR's key belongs to a CA of this mesh",
-                    "make a new key and ask again",
-                ));
-            }
-            Ok(Arc::new(verified))
-        })
-        .await
+        let issuing = self.clone();
+        self.sign_on(move || issuing.check_csr(&csr).map(Arc::new)).await
     }
 
     /// Signs a leaf for a verified CSR. Nothing is recorded yet.
@@ -99,13 +94,40 @@ impl Issuing {
         request: LeafRequest,
         csr: Arc<VerifiedCsr>,
     ) -> Result<CertificateRecord, Problem> {
-        let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
-        let (serial, place) = self.draw_place();
-        self.on_pool(move || {
-            let key = SubjectKey::Csr(&csr);
-            authority.issue(&request, key, (serial, &place), now).map_err(Problem::from)
-        })
-        .await
+        let issuing = self.clone();
+        self.sign_on(move || issuing.issue(&request, SubjectKey::Csr(&csr))).await
+    }
+
+    /// Checks a CSR, signs for it and has the writer record it, in one turn of a signer's thread: `request` says
+    /// what, from the CSR that was proved, and `command` what to record.
+    pub(crate) async fn certify(
+        &self,
+        csr: Bytes,
+        request: impl FnOnce(&VerifiedCsr) -> Result<LeafRequest, Problem> + Send + 'static,
+        (writer, command): (&Writer, impl FnOnce(CertificateRecord) -> Request + Send + 'static),
+    ) -> Result<Committed, Problem> {
+        let _permit = self.permits.acquire().await.map_err(|_| Problem::stopping())?;
+        let (answer, answered) = oneshot::channel();
+        let (failed, failure) = oneshot::channel();
+        let (issuing, writer) = (self.clone(), writer.clone());
+        self.signers.spawn(move || {
+            let prepared = guarded(|| {
+                let csr = issuing.check_csr(&csr)?;
+                let request = request(&csr)?;
+                issuing.issue(&request, SubjectKey::Csr(&csr))
+            });
+            // Commit point: the answer comes once the record is durable.
+            let sent = prepared.and_then(|certificate| Ok(writer.send(command(certificate), answer)?));
+            if let Err(problem) = sent {
+                // A caller that has gone needs no answer.
+                let _ = failed.send(problem);
+            }
+        });
+        match answered.await {
+            Ok(outcome) => Ok(outcome?),
+            // Refused before the writer, or by a writer that has ended.
+            Err(_) => Err(failure.await.unwrap_or_else(|_| WriteError::Unknown.into())),
+        }
     }
 
     /// Signs a leaf for a key of our own.
@@ -114,13 +136,8 @@ impl Issuing {
         request: LeafRequest,
         key: Arc<LeafKey>,
     ) -> Result<CertificateRecord, Problem> {
-        let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
-        let (serial, place) = self.draw_place();
-        self.on_pool(move || {
-            let key = SubjectKey::Own(&key);
-            authority.issue(&request, key, (serial, &place), now).map_err(Problem::from)
-        })
-        .await
+        let issuing = self.clone();
+        self.sign_on(move || issuing.issue(&request, SubjectKey::Own(&key))).await
     }
 
     /// Certifies a delegate for OCSP. Nothing is recorded yet.
@@ -131,12 +148,32 @@ impl Issuing {
     ) -> Result<(OcspResponder, CertificateRecord), Problem> {
         let (authority, now) = (Arc::clone(&self.authority), self.clock.utc_now());
         let (serial, place) = self.draw_place_of(&issuer);
-        self.on_pool(move || {
+        self.sign_on(move || {
             authority
                 .certify_responder(&issuer, owner, (serial, &place), now)
                 .map_err(|error| Problem::internal_error("cannot certify an OCSP delegate", &error))
         })
         .await
+    }
+
+    fn check_csr(&self, csr: &[u8]) -> Result<VerifiedCsr, Problem> {
+        if csr.len() > CSR_BYTES_MAX {
+            return Err(Problem::too_large("CSR", CSR_BYTES_MAX));
+        }
+        let verified = Csr::parse(csr)?.verify()?;
+        if self.authority.is_own_key(&verified.key_hash()) {
+            return Err(Problem::new(
+                ErrorCode::KeyInUse,
+                "the CSR's key belongs to a CA of this mesh",
+                "make a new key and ask again",
+            ));
+        }
+        Ok(verified)
+    }
+
+    fn issue(&self, request: &LeafRequest, key: SubjectKey<'_>) -> Result<CertificateRecord, Problem> {
+        let (serial, place) = self.draw_place();
+        Ok(self.authority.issue(request, key, (serial, &place), self.clock.utc_now())?)
     }
 
     /// A new serial and the CRL shard that it chooses.
@@ -151,7 +188,16 @@ impl Issuing {
         (serial, place)
     }
 
-    /// Runs work that blocks, when a permit is free.
+    /// Runs work of the processor on a signer's thread.
+    async fn sign_on<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let _permit = self.permits.acquire().await.map_err(|_| Problem::stopping())?;
+        self.signers.run(work).await
+    }
+
+    /// Runs work that waits for a disk, when a permit is free.
     pub(crate) async fn on_pool<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, Problem> + Send + 'static,

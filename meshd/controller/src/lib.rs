@@ -20,6 +20,7 @@ mod backup;
 mod codec;
 mod directory;
 mod history;
+mod retention;
 mod snapshots;
 mod state;
 mod writer;
@@ -31,6 +32,8 @@ mod ocsp;
 mod own_certificate;
 mod profiles;
 mod publish;
+mod signers;
+mod upkeep;
 mod web;
 
 mod auth;
@@ -65,6 +68,8 @@ mod views;
 
 mod failpoint;
 mod parts;
+#[cfg(test)]
+mod rig;
 mod service;
 
 pub use backup::BackupError;

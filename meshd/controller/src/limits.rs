@@ -82,10 +82,11 @@ pub(crate) const VERSION_BYTES_MAX: usize = 64;
 pub(crate) const ISSUER_DIGITS_MAX: usize = 64;
 /// Entries of the index looked at for one page of a listing.
 pub(crate) const INDEX_SCAN_MAX: usize = 20_000;
-/// How long a certificate that has ended stays in listings, and how often those past it are looked for. The
-/// journal, and so the audit log, keeps them.
-pub(crate) const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How often certificates that ended long ago are looked for.
 pub(crate) const PURGE_PERIOD: Duration = Duration::from_secs(3600);
+/// Parts in which the history of one retention leaves, and the least time that one of them spans.
+pub(crate) const SEGMENTS_PER_RETENTION: u32 = 8;
+pub(crate) const SEGMENT_SPAN_MIN: Duration = Duration::from_secs(3600);
 /// Entries in one page of a listing.
 pub(crate) const PAGE_SIZE_MAX: usize = 1_000;
 
@@ -106,14 +107,25 @@ pub(crate) const WRONG_SECRET_SOURCES_MAX: usize = 10_000;
 pub(crate) const WRITER_QUEUE_MAX: usize = 1_024;
 /// Commands in one frame.
 pub(crate) const FRAME_COMMANDS_MAX: usize = 256;
-/// How long the writer gathers more commands when several already wait.
-pub(crate) const GATHER_TIME: Duration = Duration::from_millis(1);
+/// How long the writer gathers more commands while many callers keep coming.
+pub(crate) const GATHER_TIME: Duration = Duration::from_millis(2);
 /// Rounds of resolving a conflicting or unknown append before a command is given up.
 pub(crate) const APPEND_ROUNDS_MAX: u32 = 8;
-/// Certificates in preparation at one time.
-pub(crate) const PREPARATIONS_MAX: usize = 64;
-/// Records between two snapshots of World.
+/// Certificates in preparation, and look-ups on disk, at one time.
+pub(crate) const PREPARATIONS_MAX: usize = 256;
+/// Records between two snapshots of World, at least; and how many times as long as the last one took the next one waits,
+/// so that the snapshots of a large World never cost more than this part of the processor.
 pub(crate) const SNAPSHOT_EVERY_RECORDS: u64 = 4_096;
+pub(crate) const SNAPSHOT_REST: u32 = 32;
+/// How long what follows the journal waits after a change for more of them: the index, the age of CRLs, and the
+/// connections of identities that ended.
+pub(crate) const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
+/// Records that the index takes up in one turn, and how many times as long as a turn took it rests: a fifteenth of
+/// the processor.
+pub(crate) const INDEX_TURN_RECORDS: usize = 256;
+pub(crate) const INDEX_REST: u32 = 14;
+/// Records that what follows the journal finds in memory.
+pub(crate) const RECENT_RECORDS_MAX: usize = 4_096;
 
 /// Changes within this window travel as one message after the first.
 pub(crate) const COALESCE_WINDOW: Duration = Duration::from_millis(100);

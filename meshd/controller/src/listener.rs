@@ -20,10 +20,11 @@ use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
 use crate::connections::{Class, Connections, Slot};
+use crate::directory;
 use crate::error::StartupError;
 use crate::gate::{Connection, Gate, GateParts, Peer, identify};
 use crate::limits::{
-    ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, HANDSHAKE_TIMEOUT,
+    ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, FOLLOW_PAUSE, HANDSHAKE_TIMEOUT,
     HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LEAVING_GRACE, STREAMS_PER_CONNECTION_MAX,
 };
 use crate::tls::{SharedAnchors, peer_leaf};
@@ -101,7 +102,7 @@ impl Server {
             }
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
-                changed = head.changed() => if changed.is_err() { return },
+                changed = directory::changed(&mut head, FOLLOW_PAUSE) => if changed.is_err() { return },
             }
         }
     }

@@ -14,7 +14,7 @@ use mesh_ca::{
     OcspResponder, OcspStatus,
 };
 use mesh_core::{Command, KeyId, Owner, Serial, UtcTime};
-use mesh_runtime::{Backoff, SharedClock, ShutdownToken};
+use mesh_runtime::{SharedClock, ShutdownToken};
 use time::UtcDateTime;
 use tokio::sync::Semaphore;
 
@@ -23,10 +23,8 @@ use crate::directory::Directory;
 use crate::issuer::Issuing;
 use crate::limits::{OCSP_CACHE_MAX, OCSP_SIGNERS_MAX};
 use crate::status::Problem;
+use crate::upkeep::keep_fresh;
 use crate::writer::Writer;
-
-/// How often the delegates' age is looked at.
-const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// An answer as it goes out.
 #[derive(Debug, Clone)]
@@ -138,23 +136,7 @@ impl Ocsp {
 
     /// Keeps the delegates fresh until shutdown.
     pub(crate) async fn run(&self, shutdown: ShutdownToken) {
-        let mut backoff = Backoff::new(Duration::from_secs(1), CHECK_INTERVAL);
-        loop {
-            let wait = match self.refresh().await {
-                Ok(()) => {
-                    backoff.reset();
-                    CHECK_INTERVAL
-                }
-                Err(problem) => {
-                    tracing::error!(why = problem.why, "OCSP delegate was not renewed; trying again");
-                    backoff.next_wait()
-                }
-            };
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
-            }
-        }
+        keep_fresh("OCSP delegate was not renewed", || self.refresh(), None, shutdown).await;
     }
 
     /// Answers what somebody sent.

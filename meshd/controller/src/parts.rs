@@ -1,6 +1,7 @@
 //! What the services are made of: built once, shared by all.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_proto::v1 as pb;
 use mesh_runtime::SharedClock;
@@ -19,6 +20,7 @@ use crate::publish::Publisher;
 use crate::relay::RelayHub;
 use crate::renew::Renewer;
 use crate::revoke::Revoker;
+use crate::state::StateDir;
 use crate::sync::SyncHub;
 use crate::tls::SharedAnchors;
 use crate::token::{TokenFacts, TokenPlace, TokenSecrets};
@@ -56,6 +58,9 @@ pub(crate) struct Parts {
     /// The state directory.
     pub(crate) state_dir: std::path::PathBuf,
     pub(crate) unlock: Unlock,
+    pub(crate) state: StateDir,
+    /// How long after its end a certificate is remembered.
+    pub(crate) retention: Option<Duration>,
 }
 
 impl Parts {

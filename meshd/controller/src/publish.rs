@@ -6,13 +6,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_ca::Pointers;
 use mesh_core::{Change, Command, KeyId, UtcTime};
 use mesh_proto::v1 as pb;
-use mesh_runtime::{Backoff, SharedClock, ShutdownToken};
+use mesh_runtime::{SharedClock, ShutdownToken};
 use sha2::{Digest as _, Sha256};
 
 use crate::authority::{CaRole, CrlOrder, crl_entry, points};
@@ -23,10 +22,8 @@ use crate::issuer::Issuing;
 use crate::limits::{CRL_RESIGN_AFTER, ROOT_CRL_RESIGN_BEFORE};
 use crate::state::{read_file, replace_file};
 use crate::status::Problem;
+use crate::upkeep::keep_fresh;
 use crate::writer::Writer;
-
-/// How often the age of the CRLs is looked at.
-const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// An issuer and one of its shards.
 pub(crate) type ShardId = (KeyId, u16);
@@ -132,26 +129,8 @@ impl Publisher {
 
     /// Keeps the CRLs fresh and complete until shutdown.
     pub(crate) async fn run(&self, shutdown: ShutdownToken) {
-        let mut head = self.directory.watch();
-        let mut backoff = Backoff::new(Duration::from_secs(1), CHECK_INTERVAL);
-        loop {
-            let wait = match self.refresh().await {
-                Ok(()) => {
-                    backoff.reset();
-                    CHECK_INTERVAL
-                }
-                Err(problem) => {
-                    tracing::error!(why = problem.why, "CRLs could not be refreshed; trying again");
-                    backoff.next_wait()
-                }
-            };
-            let failing = backoff.attempts() > 0;
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(wait) => {}
-                changed = head.changed(), if !failing => if changed.is_err() { return },
-            }
-        }
+        let head = Some(self.directory.watch());
+        keep_fresh("CRLs could not be refreshed", || self.refresh(), head, shutdown).await;
     }
 
     /// Makes sure that every revocation among `changes` is on its CRL. Returns those CRLs that nodes take; without a
@@ -274,7 +253,8 @@ impl Publisher {
         Some(PublishedCrl { issuer: shard_id.0, shard, number: state.number, der, this_update, next_update })
     }
 
-    async fn refresh(&self) -> Result<(), Problem> {
+    /// Makes what is missing, incomplete or old.
+    pub(crate) async fn refresh(&self) -> Result<(), Problem> {
         self.issuing.authority().catch_up(&self.directory);
         for (issuer, role) in self.issuing.authority().crl_issuers() {
             if role == CaRole::Issuing && self.is_trusted(&issuer) {
@@ -495,5 +475,7 @@ fn message(crl: PublishedCrl) -> pb::Crl {
     pb::Crl { issuer_key_id: crl.issuer.0.into(), shard: crl.shard.into(), number: crl.number, der: crl.der }
 }
 
+#[cfg(test)]
+mod property;
 #[cfg(test)]
 mod tests;

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use mesh_runtime::ShutdownToken;
 use mesh_store::{Snapshot, Snapshots};
+use tokio::time::Instant;
 
 use crate::codec::encode;
-use crate::directory::Directory;
-use crate::limits::SNAPSHOT_EVERY_RECORDS;
+use crate::directory::{self, Directory};
+use crate::limits::{FOLLOW_PAUSE, SNAPSHOT_EVERY_RECORDS, SNAPSHOT_REST};
 
-/// The layout of World that this program writes and reads; another one is replayed from the journal.
+/// The layout of World that this program writes and reads; another one is replayed from the journal. Once a journal has
+/// lost its beginning there is nothing to replay: from the first release on, a new layout must read the one before.
 pub(crate) const SNAPSHOT_VERSION: u32 = 2;
 
 #[derive(Debug)]
@@ -17,12 +19,14 @@ pub(crate) struct SnapshotTaker {
     directory: Arc<Directory>,
     snapshots: Snapshots,
     last: u64,
+    /// Before this moment no other is taken.
+    rest_until: Instant,
 }
 
 impl SnapshotTaker {
     /// The records up to `last` need no new snapshot: they were just replayed.
     pub(crate) fn new(directory: Arc<Directory>, snapshots: Snapshots, last: u64) -> Self {
-        Self { directory, snapshots, last }
+        Self { directory, snapshots, last, rest_until: Instant::now() }
     }
 
     /// Takes a snapshot after every [`SNAPSHOT_EVERY_RECORDS`] records, until shutdown.
@@ -30,10 +34,12 @@ impl SnapshotTaker {
         let mut head = self.directory.watch();
         loop {
             let seq = head.borrow_and_update().seq;
-            self.take_if_due(seq).await;
+            if Instant::now() >= self.rest_until {
+                self.take_if_due(seq).await;
+            }
             tokio::select! {
                 () = shutdown.cancelled() => return self.take_if_due(self.directory.head().seq).await,
-                changed = head.changed() => if changed.is_err() { return },
+                changed = directory::changed(&mut head, FOLLOW_PAUSE) => if changed.is_err() { return },
             }
         }
     }
@@ -41,24 +47,28 @@ impl SnapshotTaker {
     async fn take_if_due(&mut self, seq: u64) {
         if seq >= self.last + SNAPSHOT_EVERY_RECORDS {
             self.last = seq;
+            let start = Instant::now();
             self.take().await;
+            self.rest_until = Instant::now() + start.elapsed() * SNAPSHOT_REST;
         }
     }
 
     async fn take(&self) {
         let (directory, snapshots) = (Arc::clone(&self.directory), self.snapshots.clone());
-        let taken = tokio::task::spawn_blocking(move || {
-            let (world, head) = directory.read_with_head(|world, head| (world.clone(), head));
-            let bytes = encode(&world).map_err(|error| mesh_runtime::chain(&error))?;
-            let snapshot = Snapshot { head, version: SNAPSHOT_VERSION, bytes };
-            snapshots.write(&snapshot).map_err(|error| mesh_runtime::chain(&error))?;
-            Ok::<_, String>(head)
-        })
-        .await;
-        match taken {
-            Ok(Ok(head)) => tracing::info!(?head, "snapshot written"),
+        match tokio::task::spawn_blocking(move || take(&directory, &snapshots)).await {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error, "snapshot was not written"),
             Err(error) => tracing::warn!(%error, "snapshot was not written"),
         }
     }
+}
+
+/// Writes a snapshot of World as it is now. Blocks.
+pub(crate) fn take(directory: &Directory, snapshots: &Snapshots) -> Result<(), String> {
+    let (world, head) = directory.read_with_head(|world, head| (world.clone(), head));
+    let bytes = encode(&world).map_err(|error| mesh_runtime::chain(&error))?;
+    let snapshot = Snapshot { head, version: SNAPSHOT_VERSION, bytes };
+    snapshots.write(&snapshot).map_err(|error| mesh_runtime::chain(&error))?;
+    tracing::info!(?head, "snapshot written");
+    Ok(())
 }

@@ -207,6 +207,18 @@ fn check_tree(folder: &Path, depth: u32) -> Result<(), StartupError> {
     Ok(())
 }
 
+/// Octets that the files of a folder take on disk. A file that goes meanwhile counts as none.
+pub(crate) fn room_taken(folder: &Path, depth: u32) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    let sizes = entries.filter_map(Result::ok).map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() && depth < TREE_DEPTH_MAX => room_taken(&entry.path(), depth + 1),
+        // Blocks of 512 octets, whatever the file system's own are (stat(2)).
+        Ok(metadata) => metadata.blocks() * 512,
+        Err(_) => 0,
+    });
+    sizes.sum()
+}
+
 fn open_store(root: &Path) -> Result<Store, StartupError> {
     Store::open(root, StoreOptions::default()).map_err(|error| store_error(root, error))
 }

@@ -20,6 +20,8 @@ use crate::limits::{APPEND_ROUNDS_MAX, FRAME_COMMANDS_MAX, GATHER_TIME, WRITER_Q
 
 /// Octets of records after which a frame is closed; a journal's own limits lie above.
 const FRAME_BYTES_SOFT_MAX: usize = 4 * 1024 * 1024;
+/// Commands in one frame from which on the writer waits for the longest time for more.
+const CROWD: usize = 9;
 
 /// Why a command did not take effect, or may not have.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -74,9 +76,12 @@ enum Message {
     Stop,
 }
 
+/// Where the outcome of a command goes.
+pub(crate) type Answer = oneshot::Sender<Result<Committed, WriteError>>;
+
 struct Job {
     request: Request,
-    answer: oneshot::Sender<Result<Committed, WriteError>>,
+    answer: Answer,
 }
 
 /// Hands commands to the writer's thread. Cheap to clone.
@@ -108,13 +113,19 @@ impl Writer {
     /// Runs a command and waits until it is durable.
     pub(crate) async fn submit(&self, request: Request) -> Result<Committed, WriteError> {
         let (answer, answered) = oneshot::channel();
-        self.queue.try_send(Message::Job(Box::new(Job { request, answer }))).map_err(
-            |error| match error {
-                TrySendError::Full(_) => WriteError::Overloaded,
-                TrySendError::Disconnected(_) => WriteError::Unknown,
-            },
-        )?;
+        self.send(request, answer)?;
         answered.await.unwrap_or(Err(WriteError::Unknown))
+    }
+
+    /// Queues a command; `answer` hears of it once it is durable, and is dropped if the process is ending.
+    ///
+    /// # Errors
+    /// Nothing was queued.
+    pub(crate) fn send(&self, request: Request, answer: Answer) -> Result<(), WriteError> {
+        self.queue.try_send(Message::Job(Box::new(Job { request, answer }))).map_err(|error| match error {
+            TrySendError::Full(_) => WriteError::Overloaded,
+            TrySendError::Disconnected(_) => WriteError::Unknown,
+        })
     }
 
     /// A command of the controller itself.
@@ -183,8 +194,10 @@ impl Thread {
     }
 
     fn run(mut self, jobs: &Receiver<Message>) {
+        let mut company = 1;
         while let Ok(Message::Job(first)) = jobs.recv() {
-            let (mut waiting, stopped) = gather(*first, jobs);
+            let (mut waiting, stopped) = gather(*first, jobs, company);
+            company = waiting.len();
             for round in 0.. {
                 if waiting.is_empty() {
                     break;
@@ -271,7 +284,7 @@ impl Thread {
         Ok(Committed { seq, effect: Effect::Changed(record) })
     }
 
-    fn flush(&mut self, frame: Frame) -> Flushed {
+    fn flush(&mut self, mut frame: Frame) -> Flushed {
         if frame.encoded.is_empty() {
             frame.answer_all();
             return Flushed::Durable;
@@ -280,8 +293,7 @@ impl Thread {
         match self.journal.append(&self.head, &frame.encoded) {
             Ok(Append::Appended { head }) => {
                 self.head = head;
-                let records = frame.records.iter().map(|(seq, record)| (*seq, &**record));
-                self.directory.publish(records, head);
+                self.directory.publish(std::mem::take(&mut frame.records), head);
                 frame.answer_all();
                 Flushed::Durable
             }
@@ -328,9 +340,9 @@ impl Thread {
         let mut foreign = Vec::new();
         for stored in self.journal.read(self.directory.head().seq + 1) {
             let stored = stored?;
-            foreign.push((stored.seq, decode_record(&stored.bytes)?));
+            foreign.push((stored.seq, Arc::new(decode_record(&stored.bytes)?)));
         }
-        self.directory.publish(foreign.iter().map(|(seq, record)| (*seq, record)), head);
+        self.directory.publish(foreign, head);
         self.reset();
         Ok(())
     }
@@ -350,30 +362,36 @@ impl Frame {
     }
 }
 
-/// Everything that waits; more for a moment only when several already wait, so that a lone caller
-/// never pays for company that does not come.
-fn gather(first: Job, jobs: &Receiver<Message>) -> (Vec<Job>, bool) {
+/// Everything that waits, and what comes within a moment that grows with the company the last frame had: each
+/// sync, and each turn of this thread, then serves more callers. A lone caller never waits for company that does not come.
+fn gather(first: Job, jobs: &Receiver<Message>, company: usize) -> (Vec<Job>, bool) {
     let mut waiting = vec![first];
-    let mut left = GATHER_TIME;
+    let stopped = take_waiting(&mut waiting, jobs);
+    let gap = gather_time(waiting.len().max(company));
+    if stopped || gap.is_zero() || waiting.len() >= FRAME_COMMANDS_MAX {
+        return (waiting, stopped);
+    }
+    // Asleep and not at the queue, so that nobody who comes meanwhile has to wake this thread.
+    std::thread::sleep(gap);
+    let stopped = take_waiting(&mut waiting, jobs);
+    (waiting, stopped)
+}
+
+/// Takes what waits, as much as a frame holds. Says whether the thread was told to stop.
+fn take_waiting(waiting: &mut Vec<Job>, jobs: &Receiver<Message>) -> bool {
     while waiting.len() < FRAME_COMMANDS_MAX {
-        let message = match jobs.try_recv() {
-            Ok(message) => message,
-            Err(_) if waiting.len() < 2 => break,
-            // The thread's own timer: each arrival takes a quarter off, which bounds the sum.
-            Err(_) => match jobs.recv_timeout(left) {
-                Ok(message) => {
-                    left = left.mul_f32(0.75);
-                    message
-                }
-                Err(_) => break,
-            },
-        };
-        match message {
-            Message::Job(job) => waiting.push(*job),
-            Message::Stop => return (waiting, true),
+        match jobs.try_recv() {
+            Ok(Message::Job(job)) => waiting.push(*job),
+            Ok(Message::Stop) => return true,
+            Err(_) => break,
         }
     }
-    (waiting, false)
+    false
+}
+
+/// None for one caller, all of [`GATHER_TIME`] for [`CROWD`] and more.
+fn gather_time(company: usize) -> Duration {
+    GATHER_TIME * u32::try_from(company.min(CROWD) - 1).unwrap_or(0) / (CROWD as u32 - 1)
 }
 
 /// A caller that no longer waits learns the outcome by repeating its operation id.

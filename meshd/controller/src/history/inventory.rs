@@ -15,6 +15,8 @@ use crate::service::messages::issued_message;
 const SERIAL_BYTES: usize = 16;
 /// Octets of the end and the serial, which every key ends with.
 const TAIL_BYTES: usize = 8 + SERIAL_BYTES;
+/// Octets of a record's number in front of what is kept of a certificate.
+const SEQ_BYTES: usize = 8;
 
 /// Where a listing looks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +148,7 @@ pub(super) fn find(index: &Index, query: &Query) -> Result<CertificatePage, Inde
 fn certificate(index: &Index, value: &[u8]) -> Result<Option<pb::Certificate>, IndexError> {
     let serial = &value[..value.len().min(SERIAL_BYTES)];
     let Some(stored) = index.get(Table::CertificateBySerial, serial)? else { return Ok(None) };
-    let Ok(mut certificate) = pb::Certificate::decode(&*stored) else { return Ok(None) };
+    let Some((_, mut certificate)) = unstored(&stored) else { return Ok(None) };
     let key = [serial, &[REVOKED_SUFFIX]].concat();
     if let Some(revocation) = index.get(Table::CertificateBySerial, &key)?
         && let Ok(revocation) = pb::Certificate::decode(&*revocation)
@@ -160,15 +162,12 @@ fn certificate(index: &Index, value: &[u8]) -> Result<Option<pb::Certificate>, I
 /// The entries of a certificate that record `seq` issued.
 pub(super) fn issued_ops(domain: &str, seq: u64, certificate: &CertificateRecord) -> Vec<IndexOp> {
     let mut message = issued_message(domain, certificate);
-    if message.encoded_len() > VALUE_BYTES_MAX {
+    if message.encoded_len() + SEQ_BYTES > VALUE_BYTES_MAX {
         // A few hundred long names; the certificate itself says them.
         message.names.clear();
     }
     let serial = certificate.serial.0;
-    let mut ops = vec![
-        IndexOp::insert(Table::CertificateByIdentity, serial, seq.to_be_bytes()),
-        IndexOp::insert(Table::CertificateBySerial, serial, message.encode_to_vec()),
-    ];
+    let mut ops = vec![IndexOp::insert(Table::CertificateBySerial, serial, stored(seq, &message))];
     let owner = match &certificate.owner {
         Owner::Node(id) | Owner::Service { node: id, .. } => Some(*id),
         _ => None,
@@ -178,6 +177,20 @@ pub(super) fn issued_ops(domain: &str, seq: u64, certificate: &CertificateRecord
     let value = [&serial[..], &owner.map_or_else(Vec::new, |id| id.0.to_be_bytes().to_vec())].concat();
     ops.extend(keys.into_iter().map(|(table, key)| IndexOp::insert(table, key, value.clone())));
     ops
+}
+
+/// A certificate as it is kept: the record that issued it, and what a listing says of it.
+fn stored(seq: u64, message: &pb::Certificate) -> Vec<u8> {
+    let mut value = Vec::with_capacity(SEQ_BYTES + message.encoded_len());
+    value.extend_from_slice(&seq.to_be_bytes());
+    message.encode_raw(&mut value);
+    value
+}
+
+/// What [`stored`] made.
+pub(super) fn unstored(value: &[u8]) -> Option<(u64, pb::Certificate)> {
+    let (seq, message) = value.split_first_chunk()?;
+    Some((u64::from_be_bytes(*seq), pb::Certificate::decode(message).ok()?))
 }
 
 /// All keys of the listings that lead to a certificate.
@@ -210,14 +223,13 @@ pub(super) fn purge(index: &mut Index, before: UtcTime) -> Result<usize, IndexEr
         let (serial, owner) = value.split_at(value.len().min(SERIAL_BYTES));
         let owner = owner.try_into().ok().map(|id| NodeId(u32::from_be_bytes(id)));
         if let Some(message) = index.get(Table::CertificateBySerial, serial)?
-            && let Ok(message) = pb::Certificate::decode(&*message)
+            && let Some((_, message)) = unstored(&message)
         {
             ops.extend(keys(owner, &message).into_iter().map(|(table, key)| IndexOp::remove(table, key)));
         }
         ops.push(IndexOp::remove(Table::CertificateByExpiry, key));
         ops.push(IndexOp::remove(Table::CertificateBySerial, serial));
         ops.push(IndexOp::remove(Table::CertificateBySerial, [serial, &[REVOKED_SUFFIX]].concat()));
-        ops.push(IndexOp::remove(Table::CertificateByIdentity, serial));
         count += 1;
     }
     if count > 0 {

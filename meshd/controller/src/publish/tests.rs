@@ -1,6 +1,6 @@
 //! The time of one revocation, from the command to the recorded CRL, through the real writer, journal and publisher.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_core::world::ShardGroup;
 use mesh_core::{
@@ -113,7 +113,7 @@ async fn measure(revoked: u64) -> (Duration, Duration) {
         fatal: ShutdownToken::new(),
     })
     .unwrap();
-    let issuing = Issuing::new(authority, Arc::clone(&directory), Arc::clone(&clock));
+    let issuing = Issuing::new(authority, Arc::clone(&directory), Arc::clone(&clock)).unwrap();
     let parts = (clock, state.crls(), Publishing { url: None, shards: 16 });
     let publisher = Publisher::new(directory, writer.clone(), issuing, parts);
     publisher.start().await.unwrap();

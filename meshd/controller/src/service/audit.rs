@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use bytes::Bytes;
 use mesh_core::UtcTime;
 use mesh_proto::v1 as pb;
 use tokio::sync::mpsc;
@@ -52,13 +53,16 @@ impl pb::audit_server::Audit for AuditService {
             .0
             .issuing
             .on_pool(move || {
+                let base = archive.reader().base();
                 let mut answer = pb::AuditVerifyResponse {
                     intact: true,
-                    first_seq: 1,
+                    first_seq: base.seq + 1,
+                    last_seq: base.seq,
+                    base_hash: if base.seq > 0 { base.hash.to_vec().into() } else { Bytes::new() },
                     head_hash: head.hash.to_vec().into(),
                     ..pb::AuditVerifyResponse::default()
                 };
-                for stored in archive.reader().read(1) {
+                for stored in archive.reader().read(base.seq + 1) {
                     // The reader checks every hash against its predecessor's.
                     let problem = match stored {
                         Err(error) => mesh_runtime::chain(&error),
@@ -117,15 +121,10 @@ impl Parts {
         let head = self.directory.head().seq;
         let since = UtcTime::from_unix(request.since);
         let first = match request.since {
-            0 => 1,
+            0 => self.archive.reader().base().seq + 1,
             _ => {
-                let history = self.history.clone();
-                self.issuing
-                    .on_pool(move || {
-                        history.catch_up();
-                        history.first_since(since, head)
-                    })
-                    .await?
+                let archive = self.archive.clone();
+                self.issuing.on_pool(move || archive.first_since(since)).await?
             }
         };
         Ok(match u64::from(request.limit) {

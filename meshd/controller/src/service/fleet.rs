@@ -9,6 +9,8 @@ use crate::auth::Caller;
 use crate::authority::{CaFacts, CaRole};
 use crate::config::Unlock;
 use crate::parts::Parts;
+use crate::state::room_taken;
+use crate::status::Problem;
 
 /// A node's clock that differs by more than this is a finding.
 const CLOCK_OFFSET_FINDING_SECS: u64 = 60;
@@ -23,7 +25,10 @@ pub(crate) struct FleetService(pub(crate) Arc<Parts>);
 #[tonic::async_trait]
 impl pb::fleet_server::Fleet for FleetService {
     async fn status(&self, _: Request<pb::Empty>) -> Result<Response<pb::FleetStatus>, Status> {
-        Ok(Response::new(self.0.fleet_status()))
+        let store = Arc::clone(&self.0);
+        // Looking at the disk must not keep a worker from its streams.
+        let store = self.0.issuing.on_pool(move || store.store_info()).await?;
+        Ok(Response::new(pb::FleetStatus { store: Some(store), ..self.0.fleet_status() }))
     }
 
     async fn confirm_clock(
@@ -42,6 +47,20 @@ impl pb::fleet_server::Fleet for FleetService {
 }
 
 impl Parts {
+    /// What is on disk. Blocks.
+    fn store_info(&self) -> Result<pb::StoreInfo, Problem> {
+        let reader = self.archive.reader();
+        let first_seq = reader.base().seq + 1;
+        let oldest = reader.record(first_seq);
+        let oldest = oldest.map_err(|error| Problem::internal_error("cannot read the journal", &error))?;
+        Ok(pb::StoreInfo {
+            bytes: room_taken(self.state.root(), 0),
+            first_seq,
+            oldest: oldest.map_or(0, |record| record.time_secs),
+            retention_secs: self.retention.map_or(0, |retention| retention.as_secs()),
+        })
+    }
+
     fn fleet_status(&self) -> pb::FleetStatus {
         let (now, nodes) = (self.utc(), self.nodes());
         let authority = self.issuing.authority();
@@ -72,6 +91,7 @@ impl Parts {
                 head_seq: world.head_seq(),
                 controller_time: now.unix(),
                 crl_signed_at: crl.map_or(0, |crl| signed_at(crl.this_update)),
+                store: None,
             }
         })
     }

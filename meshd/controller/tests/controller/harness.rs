@@ -92,6 +92,7 @@ impl Mesh {
             stun_listen: StunListen::LikeTls,
             relay: Some(RelayLimit::default()),
             metrics_listen: None,
+            retention: Some(Duration::from_secs(30 * 86_400)),
             announce: false,
         }
     }

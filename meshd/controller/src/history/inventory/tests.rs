@@ -133,7 +133,6 @@ fn what_ended_long_ago_leaves_every_table() {
     assert_eq!(all(&index, everything).len(), 70);
     let tables = [
         (Table::CertificateBySerial, 70 + 7), // with seven revocations
-        (Table::CertificateByIdentity, 70),
         (Table::CertificateByExpiry, 70),
         (Table::CertificateByOwner, 70),
         (Table::CertificateByName, 70),
