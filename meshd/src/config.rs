@@ -87,7 +87,7 @@ stun_listen = ""
 metrics_listen = ""
 relay = true
 relay_bytes_per_second = 4194304
-retention_days = 30
+retention_days = 0
 log_format = "text"
 "#;
 

@@ -56,7 +56,7 @@ fn head(status: &pb::FleetStatus, now: i64) -> String {
 /// `controller's store 43.1 MiB, records from #1200 (33d ago), certificates remembered 30d after their end`
 fn store_line(store: &pb::StoreInfo, now: i64) -> String {
     let retention = match store.retention_secs {
-        0 => "certificates remembered for ever".to_owned(),
+        0 => "kept for ever".to_owned(),
         secs => format!("certificates remembered {}d after their end", secs / 86_400),
     };
     let size = store.bytes as f64 / (1024.0 * 1024.0);

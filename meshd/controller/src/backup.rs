@@ -80,6 +80,10 @@ pub enum BackupError {
     Journal(#[source] ReadError),
     #[error("the journal in the backup does not end where the backup says")]
     OtherHead,
+    #[error(
+        "the journal has lost its oldest records by retention, and a backup needs all: copy the state directory instead"
+    )]
+    Cut,
 }
 
 impl From<SealError> for BackupError {
@@ -110,6 +114,10 @@ pub(crate) fn write(
     journal: &dyn JournalReader,
     (head, domain, fleet, taken_at): (Head, &str, &str, i64),
 ) -> Result<Manifest, BackupError> {
+    // A restore makes every hash anew, from the first record on.
+    if journal.base().seq > 0 {
+        return Err(BackupError::Cut);
+    }
     let files = collect(root)?;
     let entries =
         files.iter().map(|(name, bytes)| FileEntry { name: name.clone(), bytes: bytes.len() as u64 });

@@ -82,7 +82,9 @@ pub(crate) const VERSION_BYTES_MAX: usize = 64;
 pub(crate) const ISSUER_DIGITS_MAX: usize = 64;
 /// Entries of the index looked at for one page of a listing.
 pub(crate) const INDEX_SCAN_MAX: usize = 20_000;
-/// How often certificates that ended long ago are looked for.
+/// How long after its end a certificate stays in listings where the journal is kept for ever, and how often those past
+/// it are looked for.
+pub(crate) const LISTING_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 pub(crate) const PURGE_PERIOD: Duration = Duration::from_secs(3600);
 /// Parts in which the history of one retention leaves, and the least time that one of them spans.
 pub(crate) const SEGMENTS_PER_RETENTION: u32 = 8;

@@ -16,7 +16,7 @@ use crate::archive::{Archive, issued_in};
 use crate::codec::decode_record;
 use crate::directory::Directory;
 use crate::history::History;
-use crate::limits::{PURGE_PERIOD, SEGMENT_SPAN_MIN, SEGMENTS_PER_RETENTION};
+use crate::limits::{LISTING_RETENTION, PURGE_PERIOD, SEGMENT_SPAN_MIN, SEGMENTS_PER_RETENTION};
 use crate::snapshots;
 
 /// Looks now and then for what may go.
@@ -26,7 +26,7 @@ pub(crate) struct Keeper {
     pub(crate) history: History,
     pub(crate) archive: Archive,
     pub(crate) snapshots: Snapshots,
-    /// How long after its end a certificate is remembered; `None`: for ever.
+    /// How long after its end a certificate is remembered; `None` keeps the journal for ever.
     pub(crate) retention: Option<Duration>,
 }
 
@@ -54,11 +54,13 @@ impl Keeper {
 
     /// Lets go of what may go. Whatever fails is tried again by the next sweep. Blocks.
     pub(crate) fn sweep(&self) {
-        let Some(retention) = self.retention else { return };
         let now = self.directory.read(|world| world.last_time());
+        let retention = self.retention.unwrap_or(LISTING_RETENTION);
         let before = UtcTime(now.unix().saturating_sub_unsigned(retention.as_secs()));
         self.history.purge(before);
-        if let Err(error) = self.cut(before) {
+        if self.retention.is_some()
+            && let Err(error) = self.cut(before)
+        {
             tracing::warn!(error, "the journal keeps its oldest records");
         }
     }
