@@ -11,9 +11,8 @@ use time::UtcDateTime;
 
 use crate::failpoint;
 use crate::limits::PEERS_PER_MAP_MAX;
-use crate::state::StateDir;
+use crate::state::{ENGINE_FILE, StateDir};
 
-const FILE: &str = "engine.json";
 /// How long a need is remembered; then the kernel's WireGuard has another try. Networks change.
 const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 3600);
 /// A peer that asks by the relay has this long to be reached directly: twice the time after which the kernel repeats
@@ -47,7 +46,7 @@ struct Need {
 impl Choice {
     /// What `wanted` comes to on this node at `now`.
     pub(crate) fn of(wanted: Backend, state: &StateDir, now: UtcDateTime) -> Self {
-        let need = match state.read_json::<Need>(FILE) {
+        let need = match state.read_json::<Need>(ENGINE_FILE) {
             Ok(need) => need.filter(|need| wanted == Backend::Auto && need.holds(now)),
             Err(error) => {
                 tracing::warn!(
@@ -66,7 +65,7 @@ impl Choice {
     /// Remembers that `auto` means userspace here.
     pub(crate) fn remember(state: &StateDir, why: String, now: UtcDateTime) {
         let need = Need { why, since: now.unix_timestamp() };
-        if let Err(error) = state.write_json(FILE, &need) {
+        if let Err(error) = state.write_json(ENGINE_FILE, &need) {
             tracing::warn!(
                 error = mesh_runtime::chain(&error),
                 "what was learned of the engines is not stored"
@@ -148,8 +147,10 @@ mod tests {
                 "{wanted:?} {at}"
             );
         }
+        state.forget_everything().unwrap();
+        assert_eq!(of(Backend::Auto, now).backend, Backend::Auto, "it was of the mesh that was left");
         // What cannot be read costs the memory, not the node.
-        state.write(FILE, b"{").unwrap();
+        state.write(ENGINE_FILE, b"{").unwrap();
         assert_eq!(of(Backend::Auto, now).backend, Backend::Auto);
     }
 

@@ -14,6 +14,8 @@ const IDENTITY_FILE: &str = "identity.json";
 const NEXT_IDENTITY_FILE: &str = "identity-next.json";
 const RENEWAL_FILE: &str = "renewal.json";
 const CLOCK_FILE: &str = "clock.json";
+/// Why this node does not run on the engine it would begin with; see `network::engine`.
+pub(crate) const ENGINE_FILE: &str = "engine.json";
 
 /// An enrollment under way. On disk before its first byte is sent, so that a retry after a crash at
 /// any step asks for the same thing with the same keys and gets the same answer.
@@ -166,7 +168,9 @@ impl StateDir {
     /// Forgets who this node was: identity, requests under way, map and CRLs. Identity first, so that a
     /// crash in between leaves no identity without its data.
     pub(crate) fn forget_everything(&self) -> Result<(), StateError> {
-        for name in [IDENTITY_FILE, NEXT_IDENTITY_FILE, RENEWAL_FILE, ENROLLMENT_FILE, CLOCK_FILE] {
+        for name in
+            [IDENTITY_FILE, NEXT_IDENTITY_FILE, RENEWAL_FILE, ENROLLMENT_FILE, CLOCK_FILE, ENGINE_FILE]
+        {
             self.remove(name)?;
         }
         self.forget_map()

@@ -6,6 +6,6 @@ mod secret;
 mod stored_map;
 
 pub(crate) use folder::{StateDir, StateError};
-pub(crate) use identity::{ClockFile, Der, Enrollment, Identity, RenewalRequest};
+pub(crate) use identity::{ClockFile, Der, ENGINE_FILE, Enrollment, Identity, RenewalRequest};
 pub(crate) use secret::Secret;
 pub(crate) use stored_map::Floor;
