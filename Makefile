@@ -53,6 +53,7 @@ audit:
 	@ADVISORY_DB="$(ADVISORY_DB)" tests/audit
 
 # Not in `make test`: without /dev/kvm the guest is emulated, and each way to rekey is waited for.
+# MESH_GUEST_FLEET=yes adds whole nodes on the kernel's engine, MESH_GUEST_DEMO=yes the demo.
 test-kernel: deps
 	@deploy/install-packages ping:iputils-ping wg:wireguard-tools unshare:util-linux nsenter:util-linux python3:python3 \
 		qemu-system-x86_64:qemu-system-x86 busybox:busybox cpio:cpio depmod:kmod
