@@ -147,20 +147,24 @@ impl Parts {
         });
         let (archive, state) = (self.archive.clone(), self.state_dir.clone());
         let (taken_at, sender) = (self.utc().unix(), parts.clone());
-        let write = move || {
-            let mut out = PartSender { parts: sender, bytes: 0 };
-            let facts = (head, domain.as_str(), fleet.as_str(), taken_at);
-            let manifest = backup::write(&mut out, &passphrase, &state, archive.reader(), facts)
-                .map_err(|error| Problem::internal_error("the backup was not written", &error))?;
-            tracing::info!(seq = manifest.seq, bytes = out.bytes, "backup taken");
-            Ok(pb::BackupDone {
-                domain: manifest.domain,
-                seq: manifest.seq,
-                head_hash: manifest.hash.to_vec().into(),
-                taken_at,
-                bytes: out.bytes,
-            })
-        };
+        let write =
+            move || {
+                let mut out = PartSender { parts: sender, bytes: 0 };
+                let facts = (head, domain.as_str(), fleet.as_str(), taken_at);
+                let manifest = backup::write(&mut out, &passphrase, &state, archive.reader(), facts)
+                    .map_err(|error| match error {
+                        backup::BackupError::Cut => Problem::usage(error.to_string()),
+                        error => Problem::internal_error("the backup was not written", &error),
+                    })?;
+                tracing::info!(seq = manifest.seq, bytes = out.bytes, "backup taken");
+                Ok(pb::BackupDone {
+                    domain: manifest.domain,
+                    seq: manifest.seq,
+                    head_hash: manifest.hash.to_vec().into(),
+                    taken_at,
+                    bytes: out.bytes,
+                })
+            };
         let last = match self.issuing.on_pool(write).await {
             Ok(done) => Ok(pb::BackupPart { part: Some(pb::backup_part::Part::Done(done)) }),
             Err(problem) => Err(problem.into()),
