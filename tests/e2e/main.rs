@@ -1,5 +1,6 @@
 //! The product as its users run it: real processes, real TUN devices, real third-party programs.
 
+mod authorities;
 mod bad_input;
 mod crash;
 mod demo;

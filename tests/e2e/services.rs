@@ -20,13 +20,20 @@ to = ["node:bravo"]
 "#;
 
 /// nginx on bravo behind `ssl_verify_client on`, a client pair on alpha.
-struct Service {
-    fleet: Fleet,
+pub(crate) struct Service {
+    pub(crate) fleet: Fleet,
+    bravo: std::net::IpAddr,
+}
+
+/// Asks nginx from alpha, also while somebody else has the fleet.
+pub(crate) struct Requester {
+    host: mesh_tests::Host,
+    ca: PathBuf,
     bravo: std::net::IpAddr,
 }
 
 impl Service {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let mut fleet = Fleet::with_nodes(&["alpha", "bravo"]);
         apply_policy(&fleet, POLICY);
         let (bravo, _) = fleet.addresses("bravo");
@@ -49,7 +56,7 @@ impl Service {
         service
     }
 
-    fn pair(&self, node: &str) -> PathBuf {
+    pub(crate) fn pair(&self, node: &str) -> PathBuf {
         self.fleet.path(node).join("tls")
     }
 
@@ -59,18 +66,12 @@ impl Service {
     }
 
     fn request_as(&self, pair: Option<&Path>, more: &[&str]) -> Ran {
+        self.requester().request_as(pair, more)
+    }
+
+    pub(crate) fn requester(&self) -> Requester {
         let ca = self.pair("alpha").join("ca.pem");
-        let resolve = format!("api.mesh.internal:8443:{}", self.bravo);
-        let mut command = self.fleet.command("alpha", "curl", &["-sS", "--max-time", "5", "-o", "/dev/null"]);
-        command.args(["-w", "%{http_code}", "--resolve", &resolve, "--cacert"]).arg(ca);
-        if let Some(pair) = pair {
-            command.arg("--cert").arg(pair.join("cert.pem")).arg("--key").arg(pair.join("key.pem"));
-        }
-        run({
-            command.args(more);
-            command.arg("https://api.mesh.internal:8443/");
-            command
-        })
+        Requester { host: self.fleet.host("alpha").clone(), ca, bravo: self.bravo }
     }
 
     fn until_answered(&mut self, status: &str) {
@@ -86,6 +87,25 @@ impl Service {
         if let Err(error) = answered {
             panic!("{error}: {}\n{}", last.unwrap(), self.fleet.processes.log_tails(40));
         }
+    }
+}
+
+impl Requester {
+    /// One request; `None` for `pair` presents no certificate.
+    pub(crate) fn request(&self, pair: Option<&Path>) -> Ran {
+        self.request_as(pair, &[])
+    }
+
+    fn request_as(&self, pair: Option<&Path>, more: &[&str]) -> Ran {
+        let resolve = format!("api.mesh.internal:8443:{}", self.bravo);
+        let mut command = self.host.command(Path::new("curl"));
+        command.args(["-sS", "--max-time", "5", "-o", "/dev/null"]);
+        command.args(["-w", "%{http_code}", "--resolve", &resolve, "--cacert"]).arg(&self.ca);
+        if let Some(pair) = pair {
+            command.arg("--cert").arg(pair.join("cert.pem")).arg("--key").arg(pair.join("key.pem"));
+        }
+        command.args(more).arg("https://api.mesh.internal:8443/");
+        run(command)
     }
 }
 

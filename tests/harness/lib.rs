@@ -17,7 +17,7 @@ pub use binaries::binary;
 pub use clock::move_clock;
 pub use command::{Ran, run};
 pub use fleet::{CONTROLLER, Fleet, fleet_test};
-pub use mesh_lab::wait_until;
+pub use mesh_lab::{Host, wait_until};
 
 use std::time::Duration;
 
