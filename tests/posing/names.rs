@@ -12,6 +12,17 @@ fn apply(fleet: &Fleet, grants: &[(&str, &str)]) -> Ran {
     fleet.controller(&["policy", "apply", file.to_str().unwrap()])
 }
 
+/// A policy with one custom profile that gives `name` by `rule`: `exact` or `below`.
+fn apply_profile(fleet: &Fleet, rule: &str, name: &str) -> Ran {
+    let policy = format!(
+        "[[allow]]\nfrom = [\"*\"]\nto = [\"*\"]\n[profile.p]\nkind = \"server\"\n\
+         [[profile.p.names]]\nto = [\"node:bravo\"]\n{rule} = [{name:?}]\n"
+    );
+    let file = fleet.path(CONTROLLER).join("policy.toml");
+    std::fs::write(&file, policy).unwrap();
+    fleet.controller(&["policy", "apply", file.to_str().unwrap()])
+}
+
 #[test]
 fn neither_takes_the_others() {
     fleet_test("names::neither_takes_the_others", || {
@@ -45,11 +56,13 @@ fn neither_takes_the_others() {
             "api.example.com",
             "alpha",
         ] {
-            let refused = apply(&fleet, &[(name, "node:bravo")]);
-            assert!(
-                [2, 7].contains(&refused.code) && refused.stderr.contains("error[E0"),
-                "{name}: {refused}"
-            );
+            let by_profile = ["exact", "below"].map(|rule| apply_profile(&fleet, rule, name));
+            for refused in by_profile.into_iter().chain([apply(&fleet, &[(name, "node:bravo")])]) {
+                assert!(
+                    [2, 7].contains(&refused.code) && refused.stderr.contains("error[E0"),
+                    "{name}: {refused}"
+                );
+            }
         }
         // The old policy stands, with its grants.
         let out = fleet.path("bravo").join("tls");
@@ -58,6 +71,15 @@ fn neither_takes_the_others() {
         let theirs = fleet.path("alpha").join("tls");
         let steal = ["cert", "issue", "api.mesh.internal", "--out", theirs.to_str().unwrap()];
         fleet.meshctl("alpha", &steal).refused("E0505", 4);
+
+        // A name that a profile gives is nobody's under the built-in ones, and no node's.
+        apply_profile(&fleet, "below", "shop.mesh.internal").ok();
+        let out = fleet.path("bravo").join("shop");
+        let issue = ["cert", "issue", "a.shop.mesh.internal", "--out", out.to_str().unwrap()];
+        fleet.meshctl("bravo", &issue).refused("E0505", 4);
+        fleet.meshctl("bravo", &[&issue[..], &["--profile", "p"]].concat()).ok();
+        fleet.meshctl("alpha", &[&issue[..], &["--profile", "p"]].concat()).refused("E0571", 4);
+        fleet.meshctl("api2", &["enroll", &token, "--name", "shop"]).refused("E0502", 7);
 
         // The name of a node that was revoked does not become a grant's by that.
         fleet.controller(&["node", "revoke", "alpha", "--yes"]).ok();
