@@ -470,6 +470,15 @@ impl SyncStream {
         }
     }
 
+    /// The next full map; what changes of the old one meanwhile (CRLs signed anew) is passed over.
+    pub(crate) async fn new_full(&mut self) -> pb::Full {
+        loop {
+            if let pb::sync_response::Response::Full(full) = self.body().await {
+                return full;
+            }
+        }
+    }
+
     pub(crate) async fn delta(&mut self) -> pb::Delta {
         loop {
             match self.body().await {

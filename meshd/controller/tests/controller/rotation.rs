@@ -75,7 +75,7 @@ async fn a_root_is_replaced_and_each_message_holds_what_the_next_step_needs() {
 
     let info = start(&running, true).await;
     assert_eq!((info.phase.as_str(), info.waits_for_nodes.as_slice()), ("trust", &["alpha".to_owned()][..]));
-    let bundle = stream.full().await.trust.unwrap();
+    let bundle = stream.new_full().await.trust.unwrap();
     assert_eq!((bundle.version, bundle.roots.len(), bundle.issuers.len()), (2, 2, 2));
     assert_eq!(bundle.roots[0], old, "the one that issues leads");
     assert_eq!(code(&advance(&running).await.unwrap_err()), pb::ErrorCode::RotationWaits);
@@ -89,7 +89,7 @@ async fn a_root_is_replaced_and_each_message_holds_what_the_next_step_needs() {
     assert_eq!(crls.len(), 4);
 
     assert_eq!(advance(&running).await.unwrap().phase, "issue");
-    let bundle = stream.full().await.trust.unwrap();
+    let bundle = stream.new_full().await.trust.unwrap();
     // Both trusted roots can be reached from the other.
     assert_eq!((bundle.version, bundle.lineage.len()), (3, 2));
     assert_ne!(bundle.roots[0], old, "the new root leads");
@@ -222,7 +222,7 @@ async fn a_dropped_ca_answers_for_what_it_issued_until_that_has_ended() {
     acknowledge(&stream, full.trust.unwrap().version).await;
     ready(&running).await;
     assert!(!advance(&running).await.unwrap().running);
-    let ended = stream.full().await;
+    let ended = stream.new_full().await;
     let told: Vec<_> = ended.crls.iter().map(|crl| crl.issuer_key_id.to_vec()).collect();
     let old_id = mesh_ca::ca_key_identifier(&old).unwrap().as_bytes().to_vec();
     assert!(!told.contains(&old_id), "nodes are not told what nobody trusts");
