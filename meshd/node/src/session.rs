@@ -1,6 +1,7 @@
 //! The life of a node that has an identity: its tasks, and their common end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_proto::v1::ErrorCode;
 use tokio::task::{JoinHandle, JoinSet};
@@ -13,6 +14,9 @@ use crate::identity::Identities;
 use crate::network::{Ended, NetworkHandle, Setup, Underlay, Worker};
 use crate::run::Node;
 use crate::uplink::{Uplink, UplinkHandle};
+
+/// What the network task needs at most from the close of its channels to its end.
+const NETWORK_ENDS: Duration = Duration::from_secs(10);
 
 /// What the local socket needs of a running node.
 pub(crate) struct Session {
@@ -98,25 +102,7 @@ impl Running {
     /// # Errors
     /// Why it has ended.
     pub(crate) async fn broken(&mut self) -> Result<(), Failure> {
-        let ended = |what: &str| {
-            Failure::new(
-                ErrorCode::Internal,
-                format!("{what} has ended unexpectedly"),
-                "look at the daemon's log; this is a bug worth reporting",
-            )
-        };
-        Err(tokio::select! {
-            result = &mut self.network => match result {
-                Ok(Ok(Ended::Reopen)) => return Ok(()),
-                Ok(Ok(Ended::Stopped)) => ended("the network task"),
-                Ok(Err(failure)) => failure,
-                Err(error) => Failure::internal("the network task has crashed", &error),
-            },
-            Some(result) = self.others.join_next() => match result {
-                Ok(()) => ended("a task"),
-                Err(error) => Failure::internal("a task has crashed", &error),
-            },
-        })
+        first_end(&mut self.network, &mut self.others).await
     }
 
     /// Ends what is left after the network task has.
@@ -137,6 +123,38 @@ impl Running {
     }
 }
 
+/// Waits for the first task to end, and says why all must.
+async fn first_end(
+    network: &mut JoinHandle<Result<Ended, Failure>>,
+    others: &mut JoinSet<()>,
+) -> Result<(), Failure> {
+    let ended = |what: &str| {
+        Failure::new(
+            ErrorCode::Internal,
+            format!("{what} has ended unexpectedly"),
+            "look at the daemon's log; this is a bug worth reporting",
+        )
+    };
+    let network_ended = |result| match result {
+        Ok(Ok(Ended::Reopen)) => Ok(()),
+        Ok(Ok(Ended::Stopped)) => Err(ended("the network task")),
+        Ok(Err(failure)) => Err(failure),
+        Err(error) => Err(Failure::internal("the network task has crashed", &error)),
+    };
+    let other = tokio::select! {
+        result = &mut *network => return network_ended(result),
+        Some(result) = others.join_next() => result,
+    };
+    if let Err(error) = other {
+        return Err(Failure::internal("a task has crashed", &error));
+    }
+    // The others end when the network's channels close, a moment before the network task itself is over.
+    match tokio::time::timeout(NETWORK_ENDS, network).await {
+        Ok(result) => network_ended(result),
+        Err(_) => Err(ended("a task")),
+    }
+}
+
 /// Hands new WireGuard keys to the tunnel as soon as their certificate is here: peers have it at the same time.
 async fn follow_identity(identities: Arc<Identities>, network: NetworkHandle) {
     let mut active = identities.subscribe();
@@ -145,5 +163,30 @@ async fn follow_identity(identities: Arc<Identities>, network: NetworkHandle) {
         if network.rekey(current).await.is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_ends_because_the_network_does_is_not_the_cause() {
+        let (end, ends) = tokio::sync::oneshot::channel();
+        let mut network = tokio::spawn(async move {
+            ends.await.unwrap();
+            Ok(Ended::Reopen)
+        });
+        let mut others = JoinSet::new();
+        others.spawn(async {});
+        let ending = async {
+            // The other task is over long before.
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            end.send(()).unwrap();
+        };
+        let (result, ()) = tokio::join!(first_end(&mut network, &mut others), ending);
+        assert!(result.is_ok(), "{:?}", result.map_err(|failure| failure.why));
     }
 }
