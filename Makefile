@@ -3,11 +3,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-kernel bench bench-inventory bench-tunnel lint audit docs deps deps-test build check-tree
+.PHONY: help demo test test-kernel soak bench bench-inventory bench-tunnel lint audit docs deps deps-test build check-tree
 help:
 	@echo "make demo    three servers with their own CA in private namespaces: enrolled, meshed, rotated, revoked"
 	@echo "make test    every test, lint and judge (what CI runs)"
 	@echo "make test-kernel  the kernel's WireGuard, in a virtual machine with Debian's kernel"
+	@echo "make soak    ten minutes of the tunnel against wireguard-go, with either side beginning"
 	@echo "make bench   the figures, as ratios against a baseline of the same run"
 	@echo "make lint    formatting, clippy, documentation, dependency arrows"
 	@echo "make audit   advisories, licences and sources of the dependencies (ADVISORY_DB=DIR, cargo-deny)"
@@ -70,6 +71,10 @@ bench-ocsp:
 
 bench-revocation:
 	cargo test --release -p mesh-controller --lib -- revocation_is_flat --ignored --nocapture
+
+# Ten minutes against wireguard-go with a request each 3 s, with either side beginning: none may stay unanswered.
+soak: deps-test
+	cargo test --locked -p mesh-tunnel --test netns -- soak_ --ignored --nocapture
 
 bench: deps-test
 	@deploy/install-packages iperf3:iperf3 cfssl:golang-cfssl

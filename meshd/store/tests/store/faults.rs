@@ -113,7 +113,7 @@ fn trace(options: &[&str], test: &str, folder: &Path, log: &Path) -> Output {
 }
 
 #[test]
-#[ignore = "started by tests that trace it"]
+#[ignore = "started under strace by nothing_is_acknowledged_before_it_is_synced and those after it"]
 fn four_appends() {
     let Some(folder) = child_folder() else { return };
     let mut journal = open(&folder);

@@ -62,7 +62,7 @@ fn without_room(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 
 /// Writes the files above, once for every version of the format.
 #[test]
-#[ignore = "writes into the source tree"]
+#[ignore = "writes the golden files; only for a new version"]
 fn write_the_golden_files() {
     fs::create_dir_all(golden()).unwrap();
     write(&golden());

@@ -288,13 +288,13 @@ fn soak(path: &str, we_begin: bool) {
 }
 
 #[test]
-#[ignore = "a soak of ten minutes, longer than the whole suite may take: run with --ignored"]
+#[ignore = "a soak of ten minutes, half of what the whole suite may take: make soak"]
 fn soak_where_we_begin() {
     soak(concat!(module_path!(), "::soak_where_we_begin"), true);
 }
 
 #[test]
-#[ignore = "a soak of ten minutes, longer than the whole suite may take: run with --ignored"]
+#[ignore = "a soak of ten minutes, half of what the whole suite may take: make soak"]
 fn soak_where_wireguard_go_begins() {
     soak(concat!(module_path!(), "::soak_where_wireguard_go_begins"), false);
 }
