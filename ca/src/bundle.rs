@@ -102,12 +102,19 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever stands in a file, reading it ends.
+        /// Whatever stands in a file, reading it ends; and what it gives says the same when it is written again.
         #[test]
-        fn parsing_never_panics(text in proptest::collection::vec(any::<u8>(), 0..500)) {
-            let _ = parse_certificates(&text);
+        fn what_is_read_is_read_again(text in proptest::collection::vec(any::<u8>(), 1..500)) {
             let block = [b"-----BEGIN CERTIFICATE-----\n", text.as_slice(), b"\n-----END CERTIFICATE-----\n"].concat();
-            let _ = parse_certificates(&block);
+            let good = encode_certificates([&text]).into_bytes();
+            for file in [&text, &block, &good] {
+                if let Ok(certificates) = parse_certificates(file) {
+                    let again = encode_certificates(&certificates);
+                    prop_assert_eq!(parse_certificates(again.as_bytes()).unwrap(), certificates);
+                }
+            }
+            let read = parse_certificates(&good).unwrap();
+            prop_assert_eq!(read[0].as_ref(), text.as_slice());
         }
     }
 }

@@ -198,11 +198,12 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is sent, reading it ends.
+        /// Whatever is sent, reading it ends; and it is the same request by GET as by POST.
         #[test]
-        fn parsing_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300), text in "[ -~]{0,300}") {
-            let _ = OcspQuery::from_der(&bytes);
+        fn get_and_post_are_read_alike(bytes in proptest::collection::vec(any::<u8>(), 0..300), text in "[ -~]{0,300}") {
             let _ = OcspQuery::from_get_path(&text);
+            let path = base64::engine::general_purpose::STANDARD.encode(&bytes);
+            prop_assert_eq!(OcspQuery::from_get_path(&path), OcspQuery::from_der(&bytes));
         }
 
         /// A valid request with one byte changed or cut is read or refused, never a panic, and never another length of nonce.

@@ -86,10 +86,15 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn arbitrary_bytes_are_survived(bytes in vec(any::<u8>(), 0..600)) {
+    fn arbitrary_bytes_are_survived_and_not_believed(bytes in vec(any::<u8>(), 0..600)) {
         read_everywhere(&bytes);
+        let (fixture, foreign) = (&*FIXTURE, [rustls_pki_types::CertificateDer::from(bytes.as_slice())]);
+        prop_assert!(TrustAnchors::new(fixture.authority.issuing.domain().clone(), [&bytes]).is_err());
+        prop_assert!(verify_chain(&bytes, &fixture.authority.intermediates(), &fixture.anchors, NOW, Usage::Any, None).is_err());
+        prop_assert!(verify_chain(&fixture.leaf, &foreign, &fixture.anchors, NOW, Usage::Any, None).is_err());
     }
 
+    /// Each returns; that nothing spoiled is believed holds `no_changed_byte_is_believed`.
     #[test]
     fn spoiled_messages_are_survived(
         which in 0..6_usize,
