@@ -71,9 +71,36 @@ impl fmt::Display for UtcTime {
     }
 }
 
+/// A duration as files write it (`90s`, `15m`, `24h`, `30d`), in seconds; `None` for anything else.
+pub fn seconds(text: &str) -> Option<u32> {
+    let unit = text.chars().last()?;
+    let factor = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return None,
+    };
+    let number = &text[..text.len() - unit.len_utf8()];
+    number.bytes().all(|byte| byte.is_ascii_digit()).then_some(())?;
+    number.parse::<u32>().ok()?.checked_mul(factor)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_have_one_unit_and_no_sign() {
+        for (text, wanted) in [("90s", 90), ("15m", 900), ("24h", 86_400), ("30d", 2_592_000), ("0s", 0)] {
+            assert_eq!(seconds(text), Some(wanted), "{text}");
+        }
+        for text in
+            ["", "s", "5", "+5s", "-5s", "5 s", "5x", "1.5h", "5S", "5\u{e9}", "99999999d", "4294967296s"]
+        {
+            assert_eq!(seconds(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn time_is_shown_as_rfc_3339() {

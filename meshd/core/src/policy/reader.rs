@@ -182,7 +182,7 @@ impl Reader {
     }
 
     fn seconds(&mut self, at: &str, table: &Table, key: &str) -> Option<u32> {
-        let seconds = table.get(key)?.as_str().and_then(parse_duration);
+        let seconds = table.get(key)?.as_str().and_then(crate::time::seconds);
         if seconds.is_none() {
             self.problem(format!("{at}.{key}: write a duration like \"24h\", in s, m, h or d"));
         }
@@ -272,19 +272,4 @@ fn one_line(text: &str) -> String {
 
 fn is_pointer(word: &Value) -> bool {
     matches!(word.as_str(), Some("crl" | "ocsp"))
-}
-
-/// `90s`, `15m`, `24h`, `30d`, in seconds.
-fn parse_duration(text: &str) -> Option<u32> {
-    let unit = text.chars().last()?;
-    let factor = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => return None,
-    };
-    let number = &text[..text.len() - unit.len_utf8()];
-    number.bytes().all(|byte| byte.is_ascii_digit()).then_some(())?;
-    number.parse::<u32>().ok()?.checked_mul(factor)
 }

@@ -541,6 +541,7 @@ fn rotate(seed: u64, new_root: bool, abort_after: Option<u32>) -> (u32, u32) {
     (0..60).for_each(|_| sim.step(&what));
     let start = start_rotation(&sim.mesh.world, 0x20, new_root, true);
     sim.mesh.ok(Actor::LocalRoot, start);
+    let mut aborted = false;
     for step in 0..1500 {
         crls(&mut sim.mesh);
         sim.step(&what);
@@ -551,6 +552,7 @@ fn rotate(seed: u64, new_root: bool, abort_after: Option<u32>) -> (u32, u32) {
         let Some(rotation) = sim.mesh.world.rotation().cloned() else { break };
         if abort_after == Some(step) && !rotation.aborted {
             sim.mesh.ok(Actor::LocalRoot, Command::AbortRotation { version: rotation.version });
+            aborted = true;
             continue;
         }
         if sim.mesh.world.rotation_waits_for(sim.mesh.now).unwrap().is_over() {
@@ -560,6 +562,7 @@ fn rotate(seed: u64, new_root: bool, abort_after: Option<u32>) -> (u32, u32) {
         }
     }
     assert!(sim.mesh.world.rotation().is_none(), "{what}: it never ended");
+    assert_eq!(aborted, abort_after.is_some(), "{what}: it ended before the abort");
     (0..600).for_each(|_| sim.step(&what));
     let world = &sim.mesh.world;
     assert!(world.nodes().all(|node| node.state == NodeState::Active));

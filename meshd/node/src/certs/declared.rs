@@ -130,9 +130,8 @@ fn definition(pair: Pair, own_certs: &Path) -> Result<Definition, Failure> {
         |why: String| Failure::new(mesh_proto::v1::ErrorCode::ConfigInvalid, why, "correct the file");
     let ttl_secs = match &pair.ttl {
         None => 0,
-        Some(text) => {
-            parse_duration(text).ok_or_else(|| invalid(format!("{text:?} is no duration like 72h")))?
-        }
+        Some(text) => mesh_core::time::seconds(text)
+            .ok_or_else(|| invalid(format!("{text:?} is no duration like 72h")))?,
     };
     let mode = match &pair.mode {
         None => 0o600,
@@ -154,18 +153,6 @@ fn definition(pair: Pair, own_certs: &Path) -> Result<Definition, Failure> {
         origin: Origin::Declared,
     }
     .checked(own_certs)
-}
-
-fn parse_duration(text: &str) -> Option<u32> {
-    let unit = text.chars().last()?;
-    let factor = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => return None,
-    };
-    text[..text.len() - 1].parse::<u32>().ok()?.checked_mul(factor)
 }
 
 #[cfg(test)]
