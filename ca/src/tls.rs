@@ -2,7 +2,7 @@
 //!
 //! The time is the one rustls passes in. Nothing here reads a clock or a socket.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
@@ -236,14 +236,24 @@ impl ServerCertVerifier for PinnedControllerVerifier {
 /// the journal on every call. Revocation is not looked at here.
 #[derive(Debug)]
 pub struct ClientVerifier {
-    anchors: Arc<TrustAnchors>,
+    anchors: RwLock<Arc<TrustAnchors>>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl ClientVerifier {
     /// Accepts clients of this mesh.
-    pub fn new(anchors: Arc<TrustAnchors>) -> Self {
-        Self { anchors, algorithms: algorithms() }
+    pub fn new(anchors: TrustAnchors) -> Self {
+        Self { anchors: RwLock::new(Arc::new(anchors)), algorithms: algorithms() }
+    }
+
+    /// What chains may lead to now.
+    pub fn anchors(&self) -> Arc<TrustAnchors> {
+        Arc::clone(&self.anchors.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Handshakes that begin from now on accept chains to `anchors`.
+    pub fn replace_anchors(&self, anchors: TrustAnchors) {
+        *self.anchors.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(anchors);
     }
 }
 
@@ -263,9 +273,16 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        verify_chain_expired_ok(end_entity, intermediates, &self.anchors, from_unix(now), Usage::Client, None)
-            .map(|_| ClientCertVerified::assertion())
-            .map_err(refuse)
+        verify_chain_expired_ok(
+            end_entity,
+            intermediates,
+            &self.anchors(),
+            from_unix(now),
+            Usage::Client,
+            None,
+        )
+        .map(|_| ClientCertVerified::assertion())
+        .map_err(refuse)
     }
 
     tls13_signatures!();

@@ -187,20 +187,7 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
     let moved = Arc::new(ManualClock::new(time::UtcDateTime::now()));
     let clock: SharedClock = moved.clone();
     let state_dir = folder.path().join("state");
-    let init = mesh_controller::InitConfig {
-        state_dir: state_dir.clone(),
-        domain: DOMAIN.into(),
-        name: "ctl-1".into(),
-        fleet: "test".into(),
-        advertise: vec![],
-        publish_url: None,
-        ipv4_pool: "100.64.0.0/10".parse().unwrap(),
-        unlock: mesh_controller::Unlock::None,
-        passphrase: None,
-        import: None,
-        key_store: None,
-        pin: None,
-    };
+    let init = mesh_controller::InitConfig::unsealed(state_dir.clone(), DOMAIN);
     mesh_controller::init(init, Arc::clone(&clock)).unwrap();
     let config = mesh_controller::RunConfig {
         state_dir,
@@ -235,7 +222,13 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
         .unwrap();
     let token = crate::join::open(&created.into_inner().token);
     let key = LeafKey::generate().unwrap();
-    let stranger = channel(address, config_under(Arc::clone(&anchors), None)).await.unwrap();
+    // Clients live in the controller's time: whoever redials sees a certificate that is good then.
+    let config_of = |credential: Option<&Credential>| {
+        let mut config = config_under(Arc::clone(&anchors), credential);
+        config.time_provider = Arc::new(TimeOf(Arc::clone(&moved)));
+        config
+    };
+    let stranger = channel(address, config_of(None)).await.unwrap();
     let request = crate::join::request(&token, "web-1", &key);
     let wireguard = request.wireguard_public_key.clone();
     let answer = pb::enrollment_client::EnrollmentClient::new(stranger).enroll(request).await.unwrap();
@@ -249,10 +242,10 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
     };
 
     // An open connection and a new one: neither the age of the handshake nor its novelty matters.
-    let old = channel(address, config_under(Arc::clone(&anchors), Some(&node))).await.unwrap();
+    let old = channel(address, config_of(Some(&node))).await.unwrap();
     assert!(!call_empty(&old, "/mesh.v1.Certificates/List").await.is_denied());
     moved.advance(Duration::from_secs(73 * 3600));
-    let new = channel(address, config_under(anchors, Some(&node))).await.unwrap();
+    let new = connected_once_renewed(address, config_of(Some(&node)), &root).await;
     for path in methods() {
         for connection in [&old, &new] {
             let outcome = call_empty(connection, &path).await;
@@ -270,12 +263,44 @@ async fn an_expired_node_reaches_resume_and_nothing_else() {
     assert_eq!(resumed.into_inner().name, "web-1");
     // Beyond the window not even that.
     moved.advance(Duration::from_secs(40 * 24 * 3600));
+    let late = connected_once_renewed(address, config_of(Some(&node)), &root).await;
     for path in methods() {
-        let outcome = call_empty(&new, &path).await;
+        let outcome = call_empty(&late, &path).await;
         assert!(outcome.is_denied() || is_window_passed(&outcome), "{path}: {outcome:?}");
     }
     shutdown.cancel();
     task.await.unwrap().unwrap();
+}
+
+/// Connects as soon as the controller shows a certificate that is good at the moved time. It looks at its own age
+/// whenever something is recorded, so something is.
+async fn connected_once_renewed(
+    address: std::net::SocketAddr,
+    config: rustls::ClientConfig,
+    root: &tonic::transport::Channel,
+) -> tonic::transport::Channel {
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        pb::tokens_client::TokensClient::new(root.clone())
+            .create(pb::CreateTokenRequest { operation_id: operation(), ..Default::default() })
+            .await
+            .unwrap();
+        match channel(address, config.clone()).await {
+            Ok(channel) => return channel,
+            Err(error) => assert!(std::time::Instant::now() < deadline, "not renewed: {error:?}"),
+        }
+    }
+}
+
+/// What a clock that is moved shows, for TLS.
+#[derive(Debug)]
+struct TimeOf(Arc<ManualClock>);
+
+impl rustls::time_provider::TimeProvider for TimeOf {
+    fn current_time(&self) -> Option<rustls_pki_types::UnixTime> {
+        let seconds = u64::try_from(mesh_runtime::Clock::utc_now(&*self.0).unix_timestamp()).ok()?;
+        Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+    }
 }
 
 fn is_window_passed(outcome: &Outcome) -> bool {

@@ -39,7 +39,7 @@ fn server(authority: &Authority, leaf: &Leaf, with_root: bool, at: UtcDateTime) 
     ServerConfig::builder_with_details(provider(), Arc::new(At(at)))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
-        .with_client_cert_verifier(Arc::new(ClientVerifier::new(Arc::new(authority.anchors()))))
+        .with_client_cert_verifier(Arc::new(ClientVerifier::new(authority.anchors())))
         .with_single_cert(chain(authority, leaf, with_root), leaf.key.to_rustls_der())
         .unwrap()
 }

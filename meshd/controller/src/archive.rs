@@ -46,17 +46,15 @@ impl Archive {
         serial: &Serial,
     ) -> Result<Option<CertificateRecord>, Problem> {
         let found = self.record(seq)?.and_then(|(_, record)| {
-            record
-                .changes
-                .into_iter()
-                .find_map(|change| issued(change).filter(|certificate| certificate.serial == *serial))
+            let mut certificates = record.changes.iter().filter_map(issued);
+            certificates.find(|certificate| certificate.serial == *serial).cloned()
         });
         Ok(found)
     }
 
     /// The first certificate that the record at `seq` issued.
     pub(crate) fn issued_at(&self, seq: u64) -> Result<Option<CertificateRecord>, Problem> {
-        Ok(self.record(seq)?.and_then(|(_, record)| record.changes.into_iter().find_map(issued)))
+        Ok(self.record(seq)?.and_then(|(_, record)| record.changes.iter().find_map(issued).cloned()))
     }
 
     /// The first record made at or after `since`; past the head if there is none. Times never fall from record to
@@ -87,19 +85,7 @@ impl Archive {
 }
 
 /// The certificate in a change that issues one.
-pub(crate) fn issued(change: Change) -> Option<CertificateRecord> {
-    match change {
-        Change::ControllerCertified { certificate }
-        | Change::ResponderCertified { certificate }
-        | Change::NodeEnrolled { certificate, .. }
-        | Change::IdentityRenewed { certificate, .. }
-        | Change::CertificateIssued { certificate } => Some(certificate),
-        _ => None,
-    }
-}
-
-/// The same, to look at.
-pub(crate) fn issued_in(change: &Change) -> Option<&CertificateRecord> {
+pub(crate) fn issued(change: &Change) -> Option<&CertificateRecord> {
     match change {
         Change::ControllerCertified { certificate }
         | Change::ResponderCertified { certificate }

@@ -1,5 +1,9 @@
 //! The CA with its keys in memory: the one place where identities meet X.509.
 
+mod known;
+mod making;
+mod new_key;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -8,12 +12,12 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_ca::{
-    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyPurpose, KeyStore, Label, LeafKey, LeafTemplate,
+    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyStore, Label, LeafKey, LeafTemplate,
     MemoryKeyStore, NameError, OcspError, OcspResponder, OcspStatus, Profile, PublishingPoints, RevokedEntry,
     SerialNumber, SubjectKey, TrustDomain, UrlError,
 };
 use mesh_core::world::Place;
-use mesh_core::{CaRecord, CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
+use mesh_core::{CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
 use sha2::{Digest as _, Sha256};
 use time::UtcDateTime;
 use x509_parser::certificate::X509Certificate;
@@ -22,15 +26,17 @@ use zeroize::Zeroizing;
 
 use crate::config::{Passphrase, Unlock};
 use crate::error::StartupError;
-use crate::hardware::{Hsm, TOKEN_FILE_SUFFIX, read_token_file, write_token_file};
-use crate::import::{Foreign, ImportProblem};
+use crate::hardware::{Hsm, TOKEN_FILE_SUFFIX, read_token_file};
 use crate::profiles::{self, Custom};
-use crate::state::{read_file, replace_file};
+use crate::state::read_file;
 use crate::status::Problem;
 
-/// Names of the keys that a mesh begins with; later ones carry a part of their own identifier.
-const ROOT_KEY_ID: &str = "root";
-const ISSUING_KEY_ID: &str = "issuing";
+pub(crate) use known::WorldKeys;
+pub(crate) use making::Making;
+pub(crate) use new_key::{KeyProblem, NewKey, key_name, purpose_of, unlock_with};
+
+use known::Stamp;
+use new_key::{ISSUING_KEY_ID, key_id, key_name_of};
 
 /// The authorities whose keys are here, able to sign. Signing blocks: only on the blocking pool.
 pub(crate) struct Authority {
@@ -69,27 +75,6 @@ impl fmt::Debug for Authority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Authority").field("domain", &self.domain).finish_non_exhaustive()
     }
-}
-
-/// What `init` shall make its authorities of.
-pub(crate) struct Making<'a> {
-    pub(crate) keys: &'a Path,
-    pub(crate) domain: &'a TrustDomain,
-    pub(crate) fleet: &'a str,
-    pub(crate) passphrase: Option<&'a Passphrase>,
-    /// Keeps the issuing key.
-    pub(crate) token: Option<&'a Hsm>,
-    /// A CA that takes the place of a new one.
-    pub(crate) foreign: Option<&'a Foreign>,
-    pub(crate) now: UtcDateTime,
-}
-
-/// What `init` made, before anything of it is recorded.
-pub(crate) struct NewAuthority {
-    pub(crate) cas: Vec<CaRecord>,
-    pub(crate) root_spki_sha256: [u8; 32],
-    pub(crate) root_not_after: UtcDateTime,
-    pub(crate) issuing_not_after: UtcDateTime,
 }
 
 /// A CRL that was just signed; nothing until its record is durable.
@@ -140,38 +125,6 @@ impl LeafRequest {
 }
 
 impl Authority {
-    /// Draws the keys that are not brought along, makes their certificates and writes the keys below `keys`.
-    ///
-    /// # Errors
-    /// A key that was drawn in a token for nothing is taken out again.
-    pub(crate) fn create(making: &Making<'_>) -> Result<NewAuthority, StartupError> {
-        let failed = |problem: KeyProblem| problem.at_start(making.keys);
-        let Some(foreign) = making.foreign else {
-            let key =
-                NewKey::draw(key_id(ROOT_KEY_ID), KeyPurpose::Root, making.passphrase).map_err(failed)?;
-            let naming = mesh_ca::CaNaming { mesh: making.fleet, now: making.now };
-            let root = mesh_ca::create_root(&key.store, &key.id, naming, &mut random_fill)
-                .map_err(internal("cannot make the root CA"))?;
-            let made = making.below(&key, &root.der)?;
-            key.write(making.keys).map_err(failed)?;
-            return making.sum_up(&root.der, false, &made);
-        };
-        let brought = |name, purpose| {
-            NewKey::take(key_id(name), &foreign.ca.pkcs8, purpose, making.passphrase).map_err(failed)
-        };
-        if foreign.ca.is_root() {
-            let key = brought(ROOT_KEY_ID, KeyPurpose::Root)?;
-            let made = making.below(&key, &foreign.ca.certificate)?;
-            key.write(making.keys).map_err(failed)?;
-            return making.sum_up(foreign.root(), false, &made);
-        }
-        let key = brought(ISSUING_KEY_ID, KeyPurpose::Issuing)?;
-        let der = foreign.ca.certificate.to_vec();
-        making.try_out(foreign.root(), &der, key.id.clone(), &key.store)?;
-        key.write(making.keys).map_err(failed)?;
-        making.sum_up(foreign.root(), true, &der)
-    }
-
     /// Opens the keys of all authorities that answer but sealed ones, and binds each to the certificate that World
     /// remembers.
     ///
@@ -599,277 +552,6 @@ fn role_of(known: &mesh_core::Authority) -> CaRole {
     if known.is_root { CaRole::Root } else { CaRole::Issuing }
 }
 
-/// What World says about authorities, copied out of its lock.
-#[derive(Debug, Clone)]
-pub(crate) struct WorldKeys {
-    stamp: Stamp,
-    initial: BTreeSet<mesh_core::KeyId>,
-    pub(crate) all: Vec<mesh_core::Authority>,
-    pub(crate) answering: Vec<mesh_core::Authority>,
-    /// The one that issues, and its root.
-    pub(crate) active: Option<(mesh_core::Authority, mesh_core::Authority)>,
-    pub(crate) key_hashes: BTreeSet<[u8; 32]>,
-}
-
-/// Changes whenever authorities do: bundles follow each other, and dropped authorities end one by one.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    version: u64,
-    answering: usize,
-    sealed: usize,
-}
-
-impl Stamp {
-    fn of(world: &mesh_core::World) -> Self {
-        Self {
-            version: world.bundle_version(),
-            answering: world.answering_authorities().count(),
-            sealed: world.authorities().iter().filter(|known| known.sealed).count(),
-        }
-    }
-}
-
-impl WorldKeys {
-    pub(crate) fn of(world: &mesh_core::World) -> Self {
-        let hash = |known: &mesh_core::Authority| CaFacts::read(&known.der).map(|facts| facts.spki_sha256);
-        Self {
-            stamp: Stamp::of(world),
-            initial: world
-                .mesh()
-                .map(|mesh| mesh.cas.iter().map(|ca| ca.key_id.clone()).collect())
-                .unwrap_or_default(),
-            all: world.authorities().to_vec(),
-            answering: world.answering_authorities().cloned().collect(),
-            active: world.active_issuer().cloned().zip(world.active_root().cloned()),
-            key_hashes: world.authorities().iter().filter_map(hash).collect(),
-        }
-    }
-}
-
-impl Making<'_> {
-    /// An issuing CA below the root whose key is here: drawn, certified, and written or kept in the token.
-    fn below(&self, root_key: &NewKey, root_der: &[u8]) -> Result<Vec<u8>, StartupError> {
-        let failed = |problem: KeyProblem| problem.at_start(self.keys);
-        let root = Issuer::new(root_der, root_key.id.clone(), self.domain.clone(), &root_key.store)
-            .map_err(|error| self.refused(error))?;
-        let Some(token) = self.token else {
-            let key =
-                NewKey::draw(key_id(ISSUING_KEY_ID), KeyPurpose::Issuing, self.passphrase).map_err(failed)?;
-            let der = self.certify((&root, &root_key.store), (&key.id, &key.store))?;
-            key.write(self.keys).map_err(failed)?;
-            return Ok(der);
-        };
-        let label = Hsm::fresh_label();
-        let store = token.generate(&label).map_err(|source| StartupError::Hardware { source })?;
-        let path = self.keys.join(format!("{ISSUING_KEY_ID}.{TOKEN_FILE_SUFFIX}"));
-        let made = self.certify((&root, &root_key.store), (&label, &store)).and_then(|der| {
-            write_token_file(&path, &label).map_err(|error| StartupError::io("write", &path, error))?;
-            Ok(der)
-        });
-        if made.is_err() {
-            token.destroy(&label);
-        }
-        made
-    }
-
-    fn certify(
-        &self,
-        (root, root_store): (&Issuer, &dyn KeyStore),
-        (id, store): (&KeyId, &dyn KeyStore),
-    ) -> Result<Vec<u8>, StartupError> {
-        let public = store.public_key(id).map_err(internal("cannot use the issuing CA's key"))?;
-        let naming = mesh_ca::CaNaming { mesh: self.fleet, now: self.now };
-        let none = mesh_ca::Pointers::default();
-        let made = mesh_ca::create_issuing_ca_for(root, root_store, &public, naming, &none, &mut random_fill)
-            .map_err(|error| self.refused(error))?;
-        self.try_out(root.certificate_der(), &made.der, id.clone(), store)?;
-        Ok(made.der)
-    }
-
-    /// Issues a node's certificate that nobody gets, and asks whether it would be accepted: what a CA's name constraints
-    /// or path length forbid shows here and not on the first server.
-    fn try_out(
-        &self,
-        root_der: &[u8],
-        issuing_der: &[u8],
-        id: KeyId,
-        store: &dyn KeyStore,
-    ) -> Result<(), StartupError> {
-        let sample = || -> Result<Vec<u8>, mesh_ca::IssueError> {
-            let issuer = Issuer::new(issuing_der, id, self.domain.clone(), store)?;
-            let key = LeafKey::generate()
-                .map_err(|source| mesh_ca::IssueError::KeyStore(mesh_ca::KeyStoreError::Generate(source)))?;
-            let name = label("sample").map_err(|_| mesh_ca::IssueError::MeshName)?;
-            let lifetime = Profile::Node.default_lifetime();
-            let mut template =
-                LeafTemplate::new(Profile::Node, Some(Identity::Node { name }), self.now, lifetime);
-            template.dns = DnsName::parse(&format!("sample.{}", self.domain)).into_iter().collect();
-            template.ips = vec![std::net::Ipv4Addr::new(100, 64, 0, 1).into()];
-            template.wireguard_keys = vec![[9; 32]];
-            mesh_ca::issue_leaf(&issuer, store, SubjectKey::Own(&key), &template, draw_serial())
-                .map(|issued| issued.der)
-        };
-        let leaf = sample().map_err(|error| self.refused(error))?;
-        let verify = || -> Result<(), mesh_ca::ChainError> {
-            let anchors = mesh_ca::TrustAnchors::new(self.domain.clone(), [root_der])?;
-            let chain = [rustls_pki_types::CertificateDer::from(issuing_der)];
-            mesh_ca::verify_chain(&leaf, &chain, &anchors, self.now, mesh_ca::Usage::Any, None).map(drop)
-        };
-        verify().map_err(|error| StartupError::Import { problem: ImportProblem::Sample(error) })
-    }
-
-    /// A CA that was brought along and cannot sign is its owner's affair, one of our own is ours.
-    fn refused(&self, error: mesh_ca::IssueError) -> StartupError {
-        match self.foreign {
-            Some(_) => StartupError::Import { problem: ImportProblem::Sign(error) },
-            None => StartupError::internal("cannot make a CA", error),
-        }
-    }
-
-    fn sum_up(
-        &self,
-        root_der: &[u8],
-        sealed: bool,
-        issuing_der: &[u8],
-    ) -> Result<NewAuthority, StartupError> {
-        let facts = |der: &[u8]| {
-            CaFacts::read(der).ok_or_else(|| StartupError::Internal {
-                what: "a CA certificate cannot be read back".into(),
-                source: None,
-            })
-        };
-        let record = |der: &[u8], is_root| CaRecord {
-            key_id: mesh_core::KeyId(
-                mesh_ca::ca_key_identifier(der).map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
-            ),
-            der: der.to_vec(),
-            is_root,
-            sealed: is_root && sealed,
-        };
-        let root = facts(root_der)?;
-        Ok(NewAuthority {
-            root_spki_sha256: root.spki_sha256,
-            root_not_after: root.not_after,
-            issuing_not_after: facts(issuing_der)?.not_after,
-            cas: vec![record(root_der, true), record(issuing_der, false)],
-        })
-    }
-}
-
-/// A key that was just drawn. Dropped, it never was.
-pub(crate) struct NewKey {
-    pub(crate) id: KeyId,
-    pub(crate) store: MemoryKeyStore,
-    pkcs8: Zeroizing<Vec<u8>>,
-    sealed: Zeroizing<String>,
-}
-
-/// Why there is no new key.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum KeyProblem {
-    #[error("cannot draw a CA key")]
-    Draw(#[source] mesh_ca::KeyStoreError),
-    #[error("cannot seal a CA key")]
-    Seal(#[source] mesh_ca::SealError),
-    #[error("cannot write a CA key")]
-    Write(#[source] std::io::Error),
-}
-
-impl KeyProblem {
-    fn at_start(self, keys: &Path) -> StartupError {
-        match self {
-            Self::Write(error) => StartupError::io("write", keys, error),
-            other => StartupError::internal("cannot make a CA key", other),
-        }
-    }
-}
-
-impl NewKey {
-    pub(crate) fn draw(
-        id: KeyId,
-        purpose: KeyPurpose,
-        passphrase: Option<&Passphrase>,
-    ) -> Result<Self, KeyProblem> {
-        let mut store = MemoryKeyStore::new();
-        let pkcs8 = store.generate(id.clone()).map_err(KeyProblem::Draw)?;
-        Self::sealed(id, store, pkcs8, purpose, passphrase)
-    }
-
-    /// A key that was drawn elsewhere.
-    pub(crate) fn take(
-        id: KeyId,
-        pkcs8: &Zeroizing<Vec<u8>>,
-        purpose: KeyPurpose,
-        passphrase: Option<&Passphrase>,
-    ) -> Result<Self, KeyProblem> {
-        let mut store = MemoryKeyStore::new();
-        store.insert_pkcs8(id.clone(), pkcs8).map_err(KeyProblem::Draw)?;
-        Self::sealed(id, store, pkcs8.clone(), purpose, passphrase)
-    }
-
-    /// A key that waits on disk.
-    pub(crate) fn open(authority: &Authority, name: &str, purpose: KeyPurpose) -> Result<Self, Problem> {
-        let (id, path) = (key_id(name), authority.keys.join(format!("{name}.key")));
-        let text = read_file(&path, mesh_ca::SEALED_KEY_BYTES_MAX as u64)
-            .map_err(|_| Problem::ceremony("no request is waiting for an answer"))?;
-        let unlock = unlock_with(authority.passphrase());
-        let pkcs8 = mesh_ca::unseal(&text, &id, purpose, unlock)
-            .map_err(|error| Problem::ceremony(format!("the key that waits cannot be opened: {error}")))?;
-        let mut store = MemoryKeyStore::new();
-        store
-            .insert_pkcs8(id.clone(), &pkcs8)
-            .map_err(|error| Problem::internal_error("the key that waits cannot be used", &error))?;
-        Ok(Self::sealed(id, store, pkcs8, purpose, authority.passphrase())?)
-    }
-
-    /// The same key under another name.
-    pub(crate) fn renamed(
-        self,
-        id: KeyId,
-        purpose: KeyPurpose,
-        passphrase: Option<&Passphrase>,
-    ) -> Result<Self, KeyProblem> {
-        let mut store = MemoryKeyStore::new();
-        store.insert_pkcs8(id.clone(), &self.pkcs8).map_err(KeyProblem::Draw)?;
-        Self::sealed(id, store, self.pkcs8, purpose, passphrase)
-    }
-
-    fn sealed(
-        id: KeyId,
-        store: MemoryKeyStore,
-        pkcs8: Zeroizing<Vec<u8>>,
-        purpose: KeyPurpose,
-        passphrase: Option<&Passphrase>,
-    ) -> Result<Self, KeyProblem> {
-        let cost = mesh_ca::KdfParams::default();
-        let sealed = mesh_ca::seal(&pkcs8, &id, purpose, unlock_with(passphrase), cost, &mut random_fill)
-            .map_err(KeyProblem::Seal)?;
-        Ok(Self { id, store, pkcs8, sealed })
-    }
-
-    pub(crate) fn file(&self, keys: &Path) -> PathBuf {
-        keys.join(format!("{}.key", self.id))
-    }
-
-    pub(crate) fn write(&self, keys: &Path) -> Result<(), KeyProblem> {
-        replace_file(&self.file(keys), self.sealed.as_bytes()).map_err(KeyProblem::Write)
-    }
-}
-
-pub(crate) fn purpose_of(is_root: bool) -> KeyPurpose {
-    if is_root { KeyPurpose::Root } else { KeyPurpose::Issuing }
-}
-
-/// The name of an authority's key in its store and on disk.
-pub(crate) fn key_name(is_root: bool, id: &mesh_core::KeyId) -> KeyId {
-    key_id(&key_name_of(is_root, id))
-}
-
-fn key_name_of(is_root: bool, key_id: &mesh_core::KeyId) -> String {
-    let kind = if is_root { ROOT_KEY_ID } else { ISSUING_KEY_ID };
-    format!("{kind}-{}", hex::encode(&key_id.0[..key_id.0.len().min(8)]))
-}
-
 /// Why a leaf was not signed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum IssueProblem {
@@ -947,21 +629,4 @@ pub(crate) fn core_key_id(issuer: &Issuer) -> mesh_core::KeyId {
 pub(crate) fn random_fill(bytes: &mut [u8]) {
     use rand::RngCore as _;
     mesh_runtime::os_rng().fill_bytes(bytes);
-}
-
-fn key_id(text: &str) -> KeyId {
-    KeyId::parse(text).expect("our key ids are lower-case words")
-}
-
-pub(crate) fn unlock_with(passphrase: Option<&Passphrase>) -> mesh_ca::Unlock<'_> {
-    match passphrase {
-        Some(passphrase) => mesh_ca::Unlock::Passphrase(passphrase.as_bytes()),
-        None => mesh_ca::Unlock::None,
-    }
-}
-
-fn internal<E: std::error::Error + Send + Sync + 'static>(
-    what: &'static str,
-) -> impl FnOnce(E) -> StartupError {
-    move |error| StartupError::internal(what, error)
 }

@@ -85,6 +85,26 @@ pub struct InitConfig {
     pub pin: Option<Passphrase>,
 }
 
+impl InitConfig {
+    /// The least that makes a mesh: keys that nothing seals, nobody told where the controller is, nothing published.
+    pub fn unsealed(state_dir: PathBuf, domain: &str) -> Self {
+        Self {
+            state_dir,
+            domain: domain.to_owned(),
+            name: "ctl-1".to_owned(),
+            fleet: domain.split('.').next().unwrap_or_default().to_owned(),
+            advertise: Vec::new(),
+            publish_url: None,
+            ipv4_pool: ipnet::Ipv4Net::new_assert(std::net::Ipv4Addr::new(100, 64, 0, 0), 10),
+            unlock: Unlock::None,
+            passphrase: None,
+            import: None,
+            key_store: None,
+            pin: None,
+        }
+    }
+}
+
 /// Which of the mesh's two CAs is taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImportKind {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use mesh_ca::{ClientVerifier, TrustAnchors};
 use mesh_core::{Command, World};
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken};
@@ -50,7 +51,7 @@ use crate::state::{Settings, StateDir};
 use crate::status::Problem;
 use crate::sync::SyncHub;
 use crate::throttle::Throttle;
-use crate::tls::{SharedAnchors, every_root, server_config};
+use crate::tls::{every_root, server_config};
 use crate::token::{TokenPlace, TokenSecrets};
 use crate::udp_port::UdpPort;
 use crate::underlay;
@@ -189,9 +190,10 @@ impl Controller {
             .map_err(|problem| startup(&state, "cannot certify an OCSP delegate", problem))?;
         publisher.start().await.map_err(|problem| startup(&state, "cannot publish CRLs", problem))?;
 
-        let anchors = SharedAnchors::new(domain.clone(), directory.read(every_root))
+        let clients = TrustAnchors::new(domain.clone(), directory.read(every_root))
+            .map(|anchors| Arc::new(ClientVerifier::new(anchors)))
             .map_err(|error| StartupError::internal("cannot use the root CA", error))?;
-        let tls = server_config(anchors.clone(), own.served(), Arc::clone(&clock))
+        let tls = server_config(Arc::clone(&clients), own.served(), Arc::clone(&clock))
             .map_err(|error| StartupError::internal("cannot configure TLS", error))?;
         let stop = ShutdownToken::new();
         let denials = Denials::default();
@@ -284,7 +286,7 @@ impl Controller {
             directory,
             writer,
             issuing,
-            anchors: anchors.clone(),
+            clients: Arc::clone(&clients),
             successions: tokio::sync::Mutex::default(),
             archive,
             history,
@@ -302,7 +304,7 @@ impl Controller {
         );
         let web = Web::new(web, stop.clone());
         let acceptor = TlsAcceptor::from(Arc::new(tls));
-        let server = Server::new(routes(&parts), gate, (acceptor, anchors), (connections, stop.clone()));
+        let server = Server::new(routes(&parts), gate, (acceptor, clients), (connections, stop.clone()));
         write_listen_file(&state, "listen", [address]);
         write_listen_file(&state, "publish-listen", web_sockets.iter().filter_map(WebSocket::address));
         match &metrics_socket {

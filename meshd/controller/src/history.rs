@@ -11,7 +11,7 @@ use mesh_runtime::ShutdownToken;
 use mesh_store::{Index, IndexError, IndexOp, StoredRecord, Table};
 use prost::Message as _;
 
-use crate::archive::{Archive, issued_in};
+use crate::archive::{Archive, issued};
 use crate::codec::decode_record;
 use crate::directory::{self, Directory};
 use crate::limits::{FOLLOW_PAUSE, INDEX_REST, INDEX_TURN_RECORDS};
@@ -185,7 +185,7 @@ impl History {
                 let key = [serial.0.as_slice(), &[REVOKED_SUFFIX]].concat();
                 ops.push(IndexOp::insert(Table::CertificateBySerial, key, revocation.encode_to_vec()));
             }
-            if let Some(certificate) = issued_in(change) {
+            if let Some(certificate) = issued(change) {
                 ops.extend(inventory::issued_ops(&self.domain, seq, certificate));
             }
         }

@@ -7,7 +7,7 @@ use mesh_runtime::SharedClock;
 use mesh_store::{Append, Journal};
 use sha2::{Digest as _, Sha256};
 
-use crate::authority::{Authority, Making, label};
+use crate::authority::{Making, label};
 use crate::codec::encode_record;
 use crate::config::{ImportKind, InitConfig, InitSummary, Unlock};
 use crate::error::StartupError;
@@ -44,15 +44,8 @@ fn fill(
 ) -> Result<InitSummary, StartupError> {
     let now = clock.utc_now();
     let passphrase = config.passphrase.as_ref().filter(|_| config.unlock != Unlock::None);
-    let made = Authority::create(&Making {
-        keys: &state.keys(),
-        domain,
-        fleet: &config.fleet,
-        passphrase,
-        token,
-        foreign,
-        now,
-    })?;
+    let made = Making { keys: &state.keys(), domain, fleet: &config.fleet, passphrase, token, foreign, now }
+        .create()?;
     let command = Command::CreateMesh {
         mesh_id: mesh_runtime::random_bytes(),
         journal_id: mesh_runtime::random_bytes(),

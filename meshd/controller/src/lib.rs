@@ -29,6 +29,7 @@ mod authority;
 mod hardware;
 mod issuer;
 mod ocsp;
+mod offline_root;
 mod own_certificate;
 mod profiles;
 mod publish;

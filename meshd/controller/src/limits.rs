@@ -148,6 +148,8 @@ pub(crate) const RECEIPTS_WAIT_MAX: Duration = Duration::from_secs(300);
 
 /// Age at which a CRL of an issuing CA is signed anew. It lives seven days.
 pub(crate) const CRL_RESIGN_AFTER: Duration = Duration::from_secs(12 * 3600);
+/// Shortest passphrase, octets, of a key or a backup that leaves this machine.
+pub(crate) const LONE_PASSPHRASE_BYTES_MIN: usize = 8;
 /// Remaining life at which the root's CRL is signed anew. It lives a year.
 pub(crate) const ROOT_CRL_RESIGN_BEFORE: Duration = Duration::from_secs(180 * 24 * 3600);
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use mesh_ca::ClientVerifier;
 use mesh_core::{Serial, UtcTime};
 use mesh_runtime::ShutdownToken;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -27,7 +28,7 @@ use crate::limits::{
     ANONYMOUS_CONNECTION_AGE_MAX, CONNECTION_AGE_MAX, CONNECTION_GRACE, FOLLOW_PAUSE, HANDSHAKE_TIMEOUT,
     HEADER_LIST_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, LEAVING_GRACE, STREAMS_PER_CONNECTION_MAX,
 };
-use crate::tls::{SharedAnchors, peer_leaf};
+use crate::tls::peer_leaf;
 
 /// How long accepting pauses when the operating system has no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -38,7 +39,7 @@ pub(crate) struct Server {
     routes: Routes,
     parts: Arc<GateParts>,
     acceptor: TlsAcceptor,
-    anchors: SharedAnchors,
+    clients: Arc<ClientVerifier>,
     connections: Connections,
     tracker: TaskTracker,
     shutdown: ShutdownToken,
@@ -48,10 +49,10 @@ impl Server {
     pub(crate) fn new(
         routes: Routes,
         parts: Arc<GateParts>,
-        (acceptor, anchors): (TlsAcceptor, SharedAnchors),
+        (acceptor, clients): (TlsAcceptor, Arc<ClientVerifier>),
         (connections, shutdown): (Connections, ShutdownToken),
     ) -> Self {
-        Self { routes, parts, acceptor, anchors, connections, tracker: TaskTracker::new(), shutdown }
+        Self { routes, parts, acceptor, clients, connections, tracker: TaskTracker::new(), shutdown }
     }
 
     /// Accepts TLS connections until shutdown.
@@ -142,7 +143,7 @@ impl Server {
         let certificate = match stream.get_ref().1.peer_certificates() {
             None => None,
             Some(chain) => {
-                let leaf = peer_leaf(chain, &self.anchors.anchors(), self.parts.clock.utc_now())
+                let leaf = peer_leaf(chain, &self.clients.anchors(), self.parts.clock.utc_now())
                     .map_err(io::Error::other)?;
                 let serial = Serial(*leaf.serial.as_bytes());
                 // A root that has gone may still sign: what counts is the key that World knows by this serial.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_ca::ClientVerifier;
 use mesh_proto::v1 as pb;
 use mesh_runtime::SharedClock;
 
@@ -22,7 +23,6 @@ use crate::renew::Renewer;
 use crate::revoke::Revoker;
 use crate::state::StateDir;
 use crate::sync::SyncHub;
-use crate::tls::SharedAnchors;
 use crate::token::{TokenFacts, TokenPlace, TokenSecrets};
 use crate::writer::Writer;
 
@@ -31,8 +31,8 @@ pub(crate) struct Parts {
     pub(crate) directory: Arc<Directory>,
     pub(crate) writer: Writer,
     pub(crate) issuing: Issuing,
-    /// Whose client certificates are looked at.
-    pub(crate) anchors: SharedAnchors,
+    /// Judges client certificates; a change of roots reaches it here.
+    pub(crate) clients: Arc<ClientVerifier>,
     /// Held by whoever changes authorities.
     pub(crate) successions: tokio::sync::Mutex<()>,
     pub(crate) archive: Archive,

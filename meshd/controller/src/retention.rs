@@ -12,7 +12,7 @@ use mesh_core::{Change, Serial, UtcTime};
 use mesh_runtime::ShutdownToken;
 use mesh_store::{Snapshots, StoredRecord};
 
-use crate::archive::{Archive, issued_in};
+use crate::archive::{Archive, issued};
 use crate::codec::decode_record;
 use crate::directory::Directory;
 use crate::history::History;
@@ -124,7 +124,7 @@ impl Wanted<'_> {
         let Ok(record) = decode_record(&stored.bytes) else { return true };
         let mut keeps = false;
         for change in &record.changes {
-            if let Some(certificate) = issued_in(change)
+            if let Some(certificate) = issued(change)
                 && (certificate.not_after >= self.before
                     || self.directory.read(|world| world.certificate(&certificate.serial).is_some()))
             {

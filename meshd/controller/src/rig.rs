@@ -211,20 +211,7 @@ impl Rig {
 
 pub(crate) fn init(folder: &Path, clock: &Arc<VirtualClock>) -> PathBuf {
     let root = folder.join("state");
-    let config = InitConfig {
-        state_dir: root.clone(),
-        domain: "mesh.internal".into(),
-        name: "ctl-1".into(),
-        fleet: "test".into(),
-        advertise: vec![],
-        publish_url: None,
-        ipv4_pool: "100.64.0.0/10".parse().unwrap(),
-        unlock: Unlock::None,
-        passphrase: None,
-        import: None,
-        key_store: None,
-        pin: None,
-    };
+    let config = InitConfig::unsealed(root.clone(), "mesh.internal");
     crate::init::init(config, clock.clone()).unwrap();
     root
 }

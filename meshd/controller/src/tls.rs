@@ -4,15 +4,13 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use mesh_ca::{ClientVerifier, TrustAnchors, TrustDomain, Usage, VerifiedLeaf, verify_chain_expired_ok};
+use mesh_ca::{ClientVerifier, TrustAnchors, Usage, VerifiedLeaf, verify_chain_expired_ok};
 use mesh_runtime::SharedClock;
-use rustls::client::danger::HandshakeSignatureValid;
+use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
-use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use time::UtcDateTime;
 
@@ -48,90 +46,6 @@ pub(crate) fn every_root(world: &mesh_core::World) -> Vec<Vec<u8>> {
     world.authorities().iter().filter(|known| known.is_root).map(|root| root.der.clone()).collect()
 }
 
-/// The roots that client certificates may lead to; replaced under running handshakes.
-#[derive(Debug, Clone)]
-pub(crate) struct SharedAnchors {
-    domain: TrustDomain,
-    current: Arc<RwLock<Arc<ClientAnchors>>>,
-}
-
-#[derive(Debug)]
-struct ClientAnchors {
-    anchors: Arc<TrustAnchors>,
-    verifier: ClientVerifier,
-}
-
-impl SharedAnchors {
-    pub(crate) fn new(domain: TrustDomain, roots: Vec<Vec<u8>>) -> Result<Self, mesh_ca::ChainError> {
-        let first = ClientAnchors::new(&domain, roots)?;
-        Ok(Self { domain, current: Arc::new(RwLock::new(Arc::new(first))) })
-    }
-
-    /// New handshakes accept chains to `roots` from now on.
-    pub(crate) fn replace(&self, roots: Vec<Vec<u8>>) -> Result<(), mesh_ca::ChainError> {
-        let next = Arc::new(ClientAnchors::new(&self.domain, roots)?);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = next;
-        Ok(())
-    }
-
-    pub(crate) fn anchors(&self) -> Arc<TrustAnchors> {
-        Arc::clone(&self.current().anchors)
-    }
-
-    fn current(&self) -> Arc<ClientAnchors> {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl ClientAnchors {
-    fn new(domain: &TrustDomain, roots: Vec<Vec<u8>>) -> Result<Self, mesh_ca::ChainError> {
-        let anchors = Arc::new(TrustAnchors::new(domain.clone(), roots)?);
-        Ok(Self { verifier: ClientVerifier::new(Arc::clone(&anchors)), anchors })
-    }
-}
-
-impl ClientCertVerifier for SharedAnchors {
-    fn client_auth_mandatory(&self) -> bool {
-        false
-    }
-
-    /// None, as the verifier below it says why.
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.current().verifier.verify_client_cert(end_entity, intermediates, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.current().verifier.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.current().verifier.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.current().verifier.supported_verify_schemes()
-    }
-}
-
 /// X25519MLKEM768 before everything else, whatever a future default may say.
 fn provider() -> CryptoProvider {
     use rustls::crypto::aws_lc_rs::{default_provider, kx_group};
@@ -159,13 +73,13 @@ impl TimeProvider for ClockForTls {
 /// # Errors
 /// If the cryptography provider lacks TLS 1.3, which it does not.
 pub(crate) fn server_config(
-    anchors: SharedAnchors,
+    clients: Arc<ClientVerifier>,
     certificate: Arc<ServedCertificate>,
     clock: SharedClock,
 ) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Arc::new(anchors))
+        .with_client_cert_verifier(clients)
         .with_cert_resolver(certificate);
     config.time_provider = Arc::new(ClockForTls(clock));
     config.session_storage = Arc::new(NoServerSessionStorage {});

@@ -81,20 +81,7 @@ fn fill(world: &mut World, issuer: &KeyId, revoked: u64, now: UtcTime) -> Vec<Se
 async fn measure(revoked: u64) -> (Duration, Duration) {
     let folder = tempfile::tempdir().unwrap();
     let clock: SharedClock = Arc::new(SystemClock);
-    let init = InitConfig {
-        state_dir: folder.path().join("state"),
-        domain: "mesh.internal".into(),
-        name: "ctl-1".into(),
-        fleet: "test".into(),
-        advertise: vec![],
-        publish_url: None,
-        ipv4_pool: "100.64.0.0/10".parse().unwrap(),
-        unlock: Unlock::None,
-        passphrase: None,
-        import: None,
-        key_store: None,
-        pin: None,
-    };
+    let init = InitConfig::unsealed(folder.path().join("state"), "mesh.internal");
     crate::init::init(init.clone(), Arc::clone(&clock)).unwrap();
     let (state, store) = StateDir::open(&init.state_dir).unwrap();
     let journal: Box<dyn mesh_store::Journal> = Box::new(store.journal);

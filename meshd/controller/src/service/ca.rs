@@ -13,8 +13,6 @@ use crate::config::Passphrase;
 use crate::parts::Parts;
 use crate::status::Problem;
 
-/// It is all that protects the copy.
-const BACKUP_PASSPHRASE_BYTES_MIN: usize = 8;
 /// Parts of 64 KiB on their way.
 const BACKUP_PARTS: usize = 8;
 
@@ -48,24 +46,14 @@ impl pb::ca_server::Ca for CaService {
         &self,
         request: Request<pb::RotationStep>,
     ) -> Result<Response<pb::RotationInfo>, Status> {
-        let caller = Caller::from_extensions(request.extensions())?;
-        let step = request.into_inner();
-        let (actor, operation) = (super::actor(&caller)?, super::operation(&step.operation_id)?);
-        let command = Command::AdvanceRotation { version: step.version };
-        self.0.step_rotation(actor, operation, command).await?;
-        Ok(Response::new(self.0.rotation_info(true)?))
+        self.step(request, |version| Command::AdvanceRotation { version }).await
     }
 
     async fn abort_rotation(
         &self,
         request: Request<pb::RotationStep>,
     ) -> Result<Response<pb::RotationInfo>, Status> {
-        let caller = Caller::from_extensions(request.extensions())?;
-        let step = request.into_inner();
-        let (actor, operation) = (super::actor(&caller)?, super::operation(&step.operation_id)?);
-        let command = Command::AbortRotation { version: step.version };
-        self.0.step_rotation(actor, operation, command).await?;
-        Ok(Response::new(self.0.rotation_info(true)?))
+        self.step(request, |version| Command::AbortRotation { version }).await
     }
 
     async fn export_root(
@@ -95,13 +83,7 @@ impl pb::ca_server::Ca for CaService {
         &self,
         request: Request<pb::BackupRequest>,
     ) -> Result<Response<Self::BackupStream>, Status> {
-        let passphrase = Passphrase::new(request.into_inner().passphrase);
-        if passphrase.as_bytes().len() < BACKUP_PASSPHRASE_BYTES_MIN {
-            return Err(Problem::usage(format!(
-                "the passphrase of a backup has at least {BACKUP_PASSPHRASE_BYTES_MIN} characters"
-            ))
-            .into());
-        }
+        let passphrase = super::lone_passphrase(request.into_inner().passphrase, "a backup")?;
         let (parts, stream) = mpsc::channel(BACKUP_PARTS);
         let controller = Arc::clone(&self.0);
         tokio::spawn(async move { controller.send_backup(passphrase, parts).await });
@@ -114,6 +96,21 @@ impl pb::ca_server::Ca for CaService {
     ) -> Result<Response<pb::IssuerRequest>, Status> {
         let caller = Caller::from_extensions(request.extensions())?;
         Ok(Response::new(self.0.request_issuer(&caller).await?))
+    }
+}
+
+impl CaService {
+    /// Takes a step of the rotation whose bundle has the version that the caller has seen.
+    async fn step(
+        &self,
+        request: Request<pb::RotationStep>,
+        command: fn(u64) -> Command,
+    ) -> Result<Response<pb::RotationInfo>, Status> {
+        let caller = Caller::from_extensions(request.extensions())?;
+        let step = request.into_inner();
+        let (actor, operation) = (super::actor(&caller)?, super::operation(&step.operation_id)?);
+        self.0.step_rotation(actor, operation, command(step.version)).await?;
+        Ok(Response::new(self.0.rotation_info(true)?))
     }
 }
 

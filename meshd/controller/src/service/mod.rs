@@ -19,6 +19,8 @@ use std::time::Duration;
 use mesh_core::{Actor, Command, CommandKind, OperationId, Request, UtcTime};
 
 use crate::auth::Caller;
+use crate::config::Passphrase;
+use crate::limits::LONE_PASSPHRASE_BYTES_MIN;
 use crate::parts::Parts;
 use crate::status::Problem;
 use crate::writer::Committed;
@@ -34,6 +36,20 @@ pub(crate) fn operation(bytes: &[u8]) -> Result<OperationId, Problem> {
 /// The caller as an actor; the table has let in only those that are one.
 pub(crate) fn actor(caller: &Caller) -> Result<Actor, Problem> {
     caller.actor().ok_or_else(|| Problem::denied(&caller.describe(), "this"))
+}
+
+/// A passphrase that is all that protects `what`, once it has left this machine.
+///
+/// # Errors
+/// One that is too short.
+pub(crate) fn lone_passphrase(passphrase: String, what: &str) -> Result<Passphrase, Problem> {
+    let passphrase = Passphrase::new(passphrase);
+    if passphrase.as_bytes().len() < LONE_PASSPHRASE_BYTES_MIN {
+        return Err(Problem::usage(format!(
+            "the passphrase of {what} has at least {LONE_PASSPHRASE_BYTES_MIN} characters"
+        )));
+    }
+    Ok(passphrase)
 }
 
 fn seconds(duration: u32) -> Duration {

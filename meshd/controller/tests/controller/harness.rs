@@ -9,7 +9,7 @@ use base64::Engine as _;
 use hyper_util::rt::TokioIo;
 use mesh_ca::{ControllerVerifier, Csr, LeafKey, PinnedControllerVerifier, TrustAnchors, TrustDomain};
 use mesh_controller::{
-    Controller, Environment, InitConfig, Publishing, RelayLimit, RunConfig, StartupError, StunListen, Unlock,
+    Controller, Environment, InitConfig, Publishing, RelayLimit, RunConfig, StartupError, StunListen,
 };
 use mesh_proto::v1 as pb;
 use mesh_runtime::{SharedClock, ShutdownToken, SystemClock};
@@ -62,20 +62,7 @@ impl Mesh {
     }
 
     pub(crate) fn init_config(&self) -> InitConfig {
-        InitConfig {
-            state_dir: self.state_dir(),
-            domain: DOMAIN.into(),
-            name: "ctl-1".into(),
-            fleet: "test".into(),
-            advertise: vec![],
-            publish_url: None,
-            ipv4_pool: "100.64.0.0/10".parse().unwrap(),
-            unlock: Unlock::None,
-            passphrase: None,
-            import: None,
-            key_store: None,
-            pin: None,
-        }
+        InitConfig { fleet: "test".into(), ..InitConfig::unsealed(self.state_dir(), DOMAIN) }
     }
 
     pub(crate) fn run_config(&self) -> RunConfig {

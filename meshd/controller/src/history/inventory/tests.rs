@@ -145,7 +145,7 @@ fn what_ended_long_ago_leaves_every_table() {
 
 /// `cert ls --expiring 24h` among a million certificates: 100 ms. Run by `make bench-inventory`.
 #[test]
-#[ignore = "fills a million entries: minutes"]
+#[ignore = "fills a million entries, minutes: make bench-inventory"]
 fn a_million_certificates_are_listed_in_a_moment() {
     const CERTIFICATES: u32 = 1_000_000;
     let folder = tempfile::tempdir().unwrap();
