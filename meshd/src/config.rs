@@ -8,7 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
+use mesh_controller::{HsmPlace, StunListen};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::{Table, Value};
 
 use crate::{
@@ -20,6 +21,14 @@ use crate::{
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// Drop-ins beyond this number are refused.
 const DROP_INS_MAX: usize = 256;
+/// Their values are not repeated in an error: somebody may have written a PIN into them.
+const MAY_HOLD_A_SECRET: [&str; 1] = ["key_store"];
+/// `IFNAMSIZ` of Linux, without its closing zero.
+const INTERFACE_NAME_BYTES_MAX: usize = 15;
+/// Smallest MTU of IPv6. RFC 8200 section 5.
+const MTU_MIN: u16 = 1280;
+/// RFC 1035 section 2.3.4, as text.
+const HOST_NAME_BYTES_MAX: usize = 253;
 
 #[derive(Debug, Deserialize)]
 pub(crate) struct ControllerSettings {
@@ -28,13 +37,16 @@ pub(crate) struct ControllerSettings {
     pub(crate) socket: PathBuf,
     pub(crate) advertise: Vec<String>,
     pub(crate) passphrase_file: String,
-    pub(crate) key_store: String,
+    #[serde(deserialize_with = "key_store")]
+    pub(crate) key_store: Option<HsmPlace>,
     pub(crate) pin_file: String,
     pub(crate) publish_listen: Vec<SocketAddr>,
     pub(crate) publish_url: String,
     pub(crate) crl_shards: u16,
-    pub(crate) stun_listen: String,
-    pub(crate) metrics_listen: String,
+    #[serde(deserialize_with = "stun_listen")]
+    pub(crate) stun_listen: StunListen,
+    #[serde(deserialize_with = "metrics_listen")]
+    pub(crate) metrics_listen: Option<SocketAddr>,
     pub(crate) relay: bool,
     pub(crate) relay_bytes_per_second: u64,
     pub(crate) retention_days: u32,
@@ -45,13 +57,16 @@ pub(crate) struct ControllerSettings {
 pub(crate) struct NodeSettings {
     pub(crate) state_dir: PathBuf,
     pub(crate) socket: PathBuf,
+    #[serde(deserialize_with = "interface")]
     pub(crate) interface: String,
+    #[serde(deserialize_with = "mtu")]
     pub(crate) mtu: u16,
     pub(crate) wg_port: u16,
     pub(crate) backend: Backend,
     pub(crate) token_file: String,
     pub(crate) name: String,
     pub(crate) certs_dir: PathBuf,
+    #[serde(deserialize_with = "endpoints")]
     pub(crate) endpoints: Vec<String>,
     pub(crate) log_format: LogFormat,
 }
@@ -210,8 +225,13 @@ impl Settings {
         let table: Table = self.values.iter().map(|(key, (value, _))| (key.clone(), value.clone())).collect();
         Value::Table(table).try_into().map_err(|error: toml::de::Error| {
             let text = error.to_string();
-            let culprit = self.values.iter().find(|(key, _)| text.contains(&format!("`{key}`")));
+            // toml says where in a line of its own; what it says of the value may name other keys.
+            let is_culprit = |key: &str| text.lines().any(|line| line.trim() == format!("in `{key}`"));
+            let culprit = self.values.iter().find(|(key, _)| is_culprit(key));
             match culprit {
+                Some((key, (_, origin))) if MAY_HOLD_A_SECRET.contains(&key.as_str()) => {
+                    Failure::config(format!("{key} in {origin} cannot be used"), error.message())
+                }
                 Some((key, (value, origin))) => {
                     Failure::config(format!("{key} = {value} in {origin} cannot be used"), error.message())
                 }
@@ -229,6 +249,80 @@ impl Settings {
         }
         text
     }
+}
+
+/// Reads a text; toml adds the key to what `parse` says of a bad one.
+fn read<'de, D: Deserializer<'de>, T>(
+    from: D,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<T, D::Error> {
+    parse(&String::deserialize(from)?).map_err(serde::de::Error::custom)
+}
+
+fn key_store<'de, D: Deserializer<'de>>(from: D) -> Result<Option<HsmPlace>, D::Error> {
+    read(from, |text| {
+        let place = |uri: String| HsmPlace::parse(&uri).map_err(|problem| format!("the URI {problem}"));
+        optional(text).map(place).transpose()
+    })
+}
+
+fn stun_listen<'de, D: Deserializer<'de>>(from: D) -> Result<StunListen, D::Error> {
+    read(from, |text| match text {
+        "" => Ok(StunListen::LikeTls),
+        "off" => Ok(StunListen::Off),
+        address => address
+            .parse()
+            .map(StunListen::At)
+            .map_err(|_| "it is `off` or ADDR:PORT, or empty for the address of `listen`".to_owned()),
+    })
+}
+
+fn metrics_listen<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    read(from, |text| {
+        let address = |text: String| text.parse::<SocketAddr>().ok().filter(|at| at.ip().is_loopback());
+        match optional(text) {
+            None => Ok(None),
+            Some(text) => address(text)
+                .map(Some)
+                .ok_or_else(|| "it is ADDR:PORT with a loopback address, or empty for none".to_owned()),
+        }
+    })
+}
+
+/// What the kernel takes as the name of an interface (`dev_valid_name` in net/core/dev.c).
+fn interface<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    read(from, |text| {
+        let plain = !text.contains(|c: char| c == '/' || c == ':' || c == '%' || !c.is_ascii_graphic());
+        if plain && (1..=INTERFACE_NAME_BYTES_MAX).contains(&text.len()) && text != "." && text != ".." {
+            return Ok(text.to_owned());
+        }
+        Err(format!(
+            "an interface has 1 to {INTERFACE_NAME_BYTES_MAX} visible ASCII characters, none of them `/`, `:` or `%`"
+        ))
+    })
+}
+
+fn mtu<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
+    let mtu = u16::deserialize(from)?;
+    if mtu >= MTU_MIN {
+        return Ok(mtu);
+    }
+    Err(serde::de::Error::custom(format!("IPv6 needs {MTU_MIN} bytes at least (RFC 8200 section 5)")))
+}
+
+/// Each is HOST:PORT or ADDRESS:PORT; whether a name exists shows when it is looked up.
+fn endpoints<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let endpoints = Vec::<String>::deserialize(from)?;
+    match endpoints.iter().find(|endpoint| !is_endpoint(endpoint)) {
+        None => Ok(endpoints),
+        Some(bad) => Err(serde::de::Error::custom(format!("{bad:?} is not HOST:PORT or ADDRESS:PORT"))),
+    }
+}
+
+fn is_endpoint(endpoint: &str) -> bool {
+    let (host, port) = endpoint.rsplit_once(':').unwrap_or_default();
+    let named = !host.is_empty() && !host.contains(':') && host.len() <= HOST_NAME_BYTES_MAX;
+    port.parse::<u16>().is_ok_and(|port| port != 0) && (named || endpoint.parse::<SocketAddr>().is_ok())
 }
 
 /// An unset setting is an empty string in the table.
@@ -304,6 +398,10 @@ mod tests {
             ("wg_port = \"x\"", "wg_port"),
             ("wg_port = 70000", "wg_port"),
             ("backend = \"hardware\"", "backend"),
+            ("interface = \"waytoolonginterface\"", "interface"),
+            ("interface = \"mesh/0\"", "interface"),
+            ("mtu = 576", "mtu"),
+            ("endpoints = [\"192.0.2.1:1\", \"nowhere\"]", "endpoints"),
             ("not toml", "cannot read"),
         ] {
             fs::write(&file, text).unwrap();
@@ -315,6 +413,19 @@ mod tests {
                 "{text}"
             );
             assert!(failure.what.contains(part), "{text}: {failure}");
+        }
+        for (text, part) in [
+            ("stun_listen = \"on\"", "stun_listen = \"on\""),
+            ("metrics_listen = \"0.0.0.0:9100\"", "metrics_listen = \"0.0.0.0:9100\""),
+            ("key_store = \"pkcs11:pin-value=4711\"", "key_store in "),
+        ] {
+            fs::write(&file, text).unwrap();
+            let settings =
+                Settings::layered(CONTROLLER_DEFAULTS, "", Some(file.clone()), &Table::new(), |_| None);
+            let failure = settings.unwrap().parse::<ControllerSettings>().unwrap_err();
+            assert_eq!(failure.exit, 2, "{text}");
+            assert!(failure.what.starts_with(part), "{text}: {failure}");
+            assert!(!failure.to_string().contains("4711"), "a PIN is shown: {failure}");
         }
         let failure = node(&file.with_file_name("missing.toml"), "", &[]).unwrap_err();
         assert!(failure.what.contains("missing.toml"));

@@ -195,28 +195,7 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         Some(file) => Some(passphrase::from_file(&PathBuf::from(file))?),
         None => passphrase::from_credential()?,
     };
-    let key_store = optional(&parsed.key_store).as_deref().map(token_place).transpose()?;
     let pin = passphrase::pin(optional(&parsed.pin_file).map(PathBuf::from).as_deref())?;
-    let stun_listen = match parsed.stun_listen.as_str() {
-        "" => mesh_controller::StunListen::LikeTls,
-        "off" => mesh_controller::StunListen::Off,
-        address => mesh_controller::StunListen::At(address.parse().map_err(|_| {
-            Failure::config(
-                format!("stun_listen = {address:?} cannot be used"),
-                "it is `off` or ADDR:PORT, or empty for the address of `listen`",
-            )
-        })?),
-    };
-    let metrics_listen = optional(&parsed.metrics_listen)
-        .map(|address| {
-            address.parse().map_err(|_| {
-                Failure::config(
-                    format!("metrics_listen = {address:?} cannot be used"),
-                    "it is ADDR:PORT with a loopback address, or empty for none",
-                )
-            })
-        })
-        .transpose()?;
     let bytes_per_second = parsed.relay_bytes_per_second;
     let relay = parsed.relay.then_some(mesh_controller::RelayLimit { bytes_per_second });
     let config = mesh_controller::RunConfig {
@@ -225,16 +204,16 @@ fn controller_run(settings: &Settings) -> Result<(), Failure> {
         socket: parsed.socket,
         advertise: parsed.advertise,
         passphrase,
-        key_store,
+        key_store: parsed.key_store,
         pin,
         publish_listen: parsed.publish_listen,
         publishing: mesh_controller::Publishing {
             url: optional(&parsed.publish_url),
             shards: parsed.crl_shards,
         },
-        stun_listen,
+        stun_listen: parsed.stun_listen,
         relay,
-        metrics_listen,
+        metrics_listen: parsed.metrics_listen,
         retention: days(parsed.retention_days),
         announce: true,
     };
@@ -266,9 +245,6 @@ fn days(number: u32) -> Option<std::time::Duration> {
 
 fn node_run(settings: &Settings) -> Result<(), Failure> {
     let parsed: NodeSettings = settings.parse()?;
-    for endpoint in &parsed.endpoints {
-        check_endpoint(endpoint)?;
-    }
     let config = mesh_node::RunConfig {
         state_dir: parsed.state_dir,
         socket: parsed.socket,
@@ -286,17 +262,6 @@ fn node_run(settings: &Settings) -> Result<(), Failure> {
         endpoints: parsed.endpoints,
     };
     Ok(serve(parsed.log_format, |shutdown| mesh_node::run(config, shutdown))??)
-}
-
-/// An endpoint is HOST:PORT; whether the name exists shows when it is looked up.
-fn check_endpoint(endpoint: &str) -> Result<(), Failure> {
-    let (host, port) = endpoint.rsplit_once(':').unwrap_or_default();
-    let named = !host.is_empty() && !host.contains(':') && host.len() <= 253;
-    let port = port.parse::<u16>().is_ok_and(|port| port != 0);
-    if port && (named || endpoint.parse::<std::net::SocketAddr>().is_ok()) {
-        return Ok(());
-    }
-    Err(Failure::config(format!("endpoints: {endpoint:?} cannot be used"), "it is HOST:PORT or ADDRESS:PORT"))
 }
 
 /// Runs a role on a runtime of its own until it ends or a signal ends it.

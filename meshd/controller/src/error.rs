@@ -236,6 +236,9 @@ impl StartupError {
             Self::PinMissing => "only its PIN makes the token sign".into(),
             Self::Import { .. } => "nothing was made".into(),
             Self::PortInUse { .. } => "another process listens on that port".into(),
+            Self::Config { .. } => {
+                "it is checked before anything is made or opened; nothing was changed".into()
+            }
             _ => self.to_string(),
         }
     }
