@@ -16,8 +16,8 @@ pub mod snapshot;
 
 pub use index::{Index, IndexError, IndexOp, Order, Page, Table};
 pub use journal::{
-    Append, AppendError, CutError, EncodedRecord, FileJournal, Head, Journal, JournalReader, MemoryJournal,
-    ReadError, Records, StoredRecord, find_operation,
+    Append, AppendError, BeginError, CutError, EncodedRecord, FileJournal, Head, Hold, Journal,
+    JournalReader, MemoryJournal, ReadError, Records, StoredRecord, find_operation,
 };
 pub use snapshot::{Snapshot, SnapshotError, Snapshots};
 pub use state::{STATE_FORMAT_VERSION, StateDir, StateError};

@@ -12,7 +12,7 @@ pub use file::{Damage, Evidence, FileJournal, FileOptions, JournalError, SEGMENT
 pub use memory::{Fault, Faults, MemoryJournal};
 pub use record::{EncodedRecord, Head, StoredRecord, chain_hash};
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::RwLockReadGuard};
 
 /// Largest bytes of one record.
 pub const RECORD_BYTES_MAX: usize = 1024 * 1024;
@@ -93,9 +93,15 @@ pub trait JournalReader: Send + Sync {
         Ok(self.read(seq).next().transpose()?.filter(|record| record.seq == seq))
     }
 
+    /// Keeps the journal whole until the answer is dropped: nothing is [`cut`](Self::cut) off meanwhile, so that
+    /// base, kept records and all others can be read as they belong together.
+    fn hold(&self) -> Hold<'_> {
+        Hold(None)
+    }
+
     /// Removes the oldest parts, as far as they lie before `through` or end there, but for the records that
     /// `keep` wants: it is shown those that were kept before, then those that go, by number. Returns the new
-    /// [`base`](Self::base). A journal that cannot be cut stays as it is.
+    /// [`base`](Self::base). A journal that cannot be cut, or is [held](Self::hold), stays as it is.
     ///
     /// # Errors
     /// In every case the journal is whole.
@@ -104,6 +110,10 @@ pub trait JournalReader: Send + Sync {
         Ok(self.base())
     }
 }
+
+/// While it lives, a journal loses nothing.
+#[derive(Debug)]
+pub struct Hold<'a>(#[expect(dead_code, reason = "it is held, not read")] Option<RwLockReadGuard<'a, ()>>);
 
 /// An iteration over records; it owns all it needs.
 pub type Records = Box<dyn Iterator<Item = Result<StoredRecord, ReadError>> + Send>;
@@ -158,6 +168,17 @@ pub enum CutError {
     Read(#[from] ReadError),
     #[error("cannot {attempt} {}", path.display())]
     Io { attempt: &'static str, path: PathBuf, source: io::Error },
+}
+
+/// Why a journal does not begin after records that are elsewhere.
+#[derive(Debug, thiserror::Error)]
+pub enum BeginError {
+    #[error("the journal has records already")]
+    NotEmpty,
+    #[error("kept record {seq} is out of order, or not before the journal's first")]
+    Kept { seq: u64 },
+    #[error("cannot write a base file in {}", path.display())]
+    Io { path: PathBuf, source: io::Error },
 }
 
 /// Looks for the record of an operation, to resolve an [`Append::Unknown`].

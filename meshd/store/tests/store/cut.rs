@@ -2,10 +2,12 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use mesh_store::{Head, Index, IndexOp, Journal, StoredRecord, Table, catch_up, journal::JournalError};
+use mesh_store::{
+    BeginError, Head, Index, IndexOp, Journal, StoredRecord, Table, catch_up, journal::JournalError,
+};
 use proptest::prelude::*;
 
-use crate::support::{append, open, record, segments};
+use crate::support::{append, encoded, files, open, record, segments};
 
 /// Every seventh record is worth keeping.
 fn keep(stored: &StoredRecord) -> bool {
@@ -84,6 +86,71 @@ fn the_segment_that_is_written_is_never_cut() {
     assert_eq!(journal.reader().cut(u64::MAX, &mut |_| panic!("nothing goes")).unwrap().seq, 8);
     drop(journal);
     assert_eq!(seqs(&read_from(&open(folder.path()), 1)), [9]);
+}
+
+#[test]
+fn a_journal_that_is_held_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = filled(folder.path(), 10);
+    let before = files(folder.path());
+    let (reader, other) = (journal.reader(), journal.reader());
+    let (first, second) = (reader.hold(), other.hold());
+    for held in [Some(first), Some(second), None] {
+        let base = journal.reader().cut(6, &mut keep).unwrap();
+        if held.is_some() {
+            assert_eq!(base, Head::EMPTY);
+            assert_eq!(files(folder.path()), before);
+        } else {
+            assert_eq!(base.seq, 6);
+        }
+        drop(held);
+    }
+}
+
+#[test]
+fn an_empty_journal_begins_where_another_was_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let (there, here) = (folder.path().join("there"), folder.path().join("here"));
+    for folder in [&there, &here] {
+        fs::create_dir(folder).unwrap();
+    }
+    let source = filled(&there, 30);
+    let base = source.reader().cut(20, &mut keep).unwrap();
+    let kept = source.reader().kept().unwrap();
+
+    let mut journal = open(&here);
+    let swapped: Vec<_> = kept.iter().rev().cloned().collect();
+    let later = read_from(&source, 21)[..1].to_vec();
+    for (what, bad, seq) in [
+        ("order", swapped, 7),
+        ("twice", vec![kept[0].clone(), kept[0].clone()], 7),
+        ("past the base", later, 21),
+    ] {
+        let refused = journal.begin_after(&base, &bad).unwrap_err();
+        assert!(matches!(refused, BeginError::Kept { seq: at } if at == seq), "{what}: {refused}");
+        assert!(!here.join("base").exists());
+    }
+    journal.begin_after(&base, &kept).unwrap();
+    assert_eq!(journal.head(), base);
+    // Also one that is reopened before it has a record of its own.
+    drop(journal);
+    let mut journal = open(&here);
+    assert_eq!((journal.head(), journal.reader().kept().unwrap()), (base, kept.clone()));
+    assert!(matches!(journal.begin_after(&base, &kept), Err(BeginError::NotEmpty)));
+    for stored in read_from(&source, 21) {
+        append(&mut journal, &[encoded(&stored)]);
+    }
+    drop(journal);
+    let journal = open(&here);
+    assert_eq!(journal.head(), source.head());
+    assert_eq!(journal.reader().kept().unwrap(), kept);
+    assert_eq!(read_from(&journal, 1), read_from(&source, 1));
+    // And is cut as any other.
+    assert_eq!(
+        journal.reader().cut(26, &mut |_| false).unwrap(),
+        source.reader().cut(26, &mut keep).unwrap()
+    );
+    assert!(journal.reader().kept().unwrap().is_empty());
 }
 
 #[test]

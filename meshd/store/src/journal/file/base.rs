@@ -67,7 +67,7 @@ impl Base {
         }
     }
 
-    /// Replaces the file, durably.
+    /// Replaces the file, durably. No kept record may be [`misplaced`].
     pub(crate) fn store(folder: &Path, head: &Head, kept: &[StoredRecord]) -> io::Result<Self> {
         let path = folder.join(FILE);
         let bytes = encode(head, kept);
@@ -136,13 +136,16 @@ fn parse(bytes: &[u8], path: PathBuf) -> Option<Base> {
     for _ in 0..count {
         let offset = (bytes.len() - rest.len()) as u64;
         let (record, length) = take(&mut rest)?;
-        let rises = kept.last().is_none_or(|last| last.seq < record.seq);
-        if !rises || record.seq > head.seq {
-            return None;
-        }
         kept.push(Kept { seq: record.seq, offset, bytes: length });
     }
-    rest.is_empty().then_some(Base { head, kept, path })
+    let in_order = misplaced(&head, kept.iter().map(|kept| kept.seq)).is_none();
+    (rest.is_empty() && in_order).then_some(Base { head, kept, path })
+}
+
+/// The first kept record that does not come after the one before, or lies past `head`.
+pub(crate) fn misplaced(head: &Head, seqs: impl Iterator<Item = u64>) -> Option<u64> {
+    let mut last = 0;
+    seqs.into_iter().find(|seq| *seq <= std::mem::replace(&mut last, *seq) || *seq > head.seq)
 }
 
 /// Takes a kept record off the front, with the octets it took.

@@ -18,12 +18,16 @@ use std::{
 };
 
 use self::{
+    base::Base,
     head::HeadFile,
     reader::{FileReader, SharedCatalog},
     recovery::Recovered,
     segment::{Segment, reserve},
 };
-use super::{Append, AppendError, EncodedRecord, Head, Journal, JournalReader, ReadError, check_batch};
+use super::{
+    Append, AppendError, BeginError, EncodedRecord, Head, Journal, JournalReader, ReadError, StoredRecord,
+    check_batch,
+};
 use crate::{disk, state::StateDir};
 
 /// Bytes of a segment, unless one frame alone needs more.
@@ -165,6 +169,25 @@ impl FileJournal {
     /// [`cut`](JournalReader::cut) off in time.
     pub fn limit_segment_span(&mut self, span: Duration) {
         self.segment_secs = i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
+    }
+
+    /// Begins an empty journal after records that are elsewhere: `head` is the last of them, and `kept` are those that
+    /// are kept here, by number, as after a [`cut`](JournalReader::cut).
+    ///
+    /// # Errors
+    /// In every case the journal is empty as before.
+    pub fn begin_after(&mut self, head: &Head, kept: &[StoredRecord]) -> Result<(), BeginError> {
+        if self.head != Head::EMPTY {
+            return Err(BeginError::NotEmpty);
+        }
+        if let Some(seq) = base::misplaced(head, kept.iter().map(|record| record.seq)) {
+            return Err(BeginError::Kept { seq });
+        }
+        let base = Base::store(&self.folder, head, kept)
+            .map_err(|source| BeginError::Io { path: self.folder.clone(), source })?;
+        self.catalog.begin(base);
+        self.head = *head;
+        Ok(())
     }
 
     /// Holds the state directory's lock as long as the journal is open.

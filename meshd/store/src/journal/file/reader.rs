@@ -3,7 +3,7 @@ use std::{
     fs::{self, File},
     io::{self, BufReader, Read, Seek, SeekFrom},
     path::Path,
-    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError},
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     disk,
-    journal::{CutError, Head, JournalReader, ReadError, Records, StoredRecord},
+    journal::{CutError, Head, Hold, JournalReader, ReadError, Records, StoredRecord},
 };
 
 const BUFFER_BYTES: usize = 128 * 1024;
@@ -79,13 +79,18 @@ impl Catalog {
 #[derive(Debug)]
 pub(crate) struct SharedCatalog {
     catalog: RwLock<Catalog>,
-    /// One cuts at a time.
-    cutting: Mutex<()>,
+    /// One cuts at a time, and nobody while somebody holds the journal.
+    cutting: RwLock<()>,
 }
 
 impl SharedCatalog {
     pub(crate) fn new(catalog: Catalog) -> Arc<Self> {
-        Arc::new(Self { catalog: RwLock::new(catalog), cutting: Mutex::default() })
+        Arc::new(Self { catalog: RwLock::new(catalog), cutting: RwLock::default() })
+    }
+
+    /// An empty journal goes on after `base`.
+    pub(crate) fn begin(&self, base: Base) {
+        *self.write() = Catalog::new(base);
     }
 
     pub(crate) fn add_segment(&self, segment: Segment) {
@@ -160,8 +165,16 @@ impl JournalReader for FileReader {
         Ok(JournalReader::read(self, seq).next().transpose()?.filter(|record| record.seq == seq))
     }
 
+    fn hold(&self) -> Hold<'_> {
+        Hold(Some(self.0.cutting.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
     fn cut(&self, through: u64, keep: &mut dyn FnMut(&StoredRecord) -> bool) -> Result<Head, CutError> {
-        let _turn = self.0.cutting.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = match self.0.cutting.try_write() {
+            Ok(turn) => turn,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(self.base()),
+        };
         let (base, segments) = {
             let catalog = self.0.read();
             (catalog.base.clone(), catalog.segments.clone())
