@@ -141,7 +141,7 @@ fn controller_restore(restore: cli::ControllerRestore) -> Result<(), Failure> {
     let clock: mesh_runtime::SharedClock = Arc::new(mesh_runtime::SystemClock);
     let summary = mesh_controller::restore(&config, &clock)?;
     println!("mesh {} restored in {}", summary.domain, summary.state_dir.display());
-    println!("  as of {}, record {}", summary.taken_at, summary.seq);
+    println!("  as of {}, records {} to {}", summary.taken_at, summary.first_seq, summary.seq);
     println!("  keys unlocked by {}, as before", summary.unlock.name());
     eprintln!("warning: what happened after the backup is forgotten; revoke again what was revoked since");
     println!("next: meshd controller run --state-dir {}", summary.state_dir.display());

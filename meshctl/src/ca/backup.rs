@@ -55,8 +55,9 @@ impl Backup {
         let name = self.out.display().to_string();
         let lines = [
             format!(
-                "backup of {} up to record {} in {name}: {} bytes, encrypted",
+                "backup of {} with records {} to {} in {name}: {} bytes, encrypted",
                 safe(&done.domain),
+                done.first_seq,
                 done.seq,
                 done.bytes
             ),
@@ -65,7 +66,7 @@ impl Backup {
                 .to_owned(),
         ];
         let body = json!({
-            "path": name, "domain": done.domain, "seq": done.seq, "headHash": hex::encode(&done.head_hash),
+            "path": name, "domain": done.domain, "firstSeq": done.first_seq, "seq": done.seq, "headHash": hex::encode(&done.head_hash),
             "takenAt": rfc3339(done.taken_at), "bytes": done.bytes,
         });
         app.out.action("Backup", true, body, &name, &lines);

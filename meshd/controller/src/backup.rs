@@ -4,10 +4,14 @@
 //! magic "meshbackup 1\n"
 //! manifest    length u32, JSON: when and of what, the journal's head, each file with its length
 //! files       their octets, in the manifest's order: settings, sealed keys, CRLs
-//! records     of the journal, from the first: length u32, operation id [16], time i64, octets
+//! if the manifest has a base, since the journal lost its oldest records by retention:
+//!   world     as of the journal's head, encoded as in a snapshot
+//!   kept      records that outlived their segment: number u64, hash [32], then as below
+//! records     of the journal, from the first that is left: length u32, operation id [16], time i64, octets
 //! ```
 //!
-//! Integers are big endian. All of it goes through [`mesh_ca::ArchiveSealer`]. Keys are as they lie on disk, sealed under the
+//! Integers are big endian. The records' hashes are made anew by whoever restores; the manifest says where they begin and
+//! where they end. All of it goes through [`mesh_ca::ArchiveSealer`]. Keys are as they lie on disk, sealed under the
 //! CA's own passphrase; a key in a hardware token is not in a backup.
 
 use std::io::{self, Read, Write};
@@ -17,12 +21,15 @@ use mesh_ca::{
     ARCHIVE_CHUNK_BYTES, ARCHIVE_HEADER_BYTES, ARCHIVE_TAG_BYTES, ArchiveOpener, ArchiveSealer, KdfParams,
     SealError,
 };
-use mesh_store::{EncodedRecord, Head, JournalReader, ReadError};
+use mesh_store::snapshot::SNAPSHOT_BYTES_MAX;
+use mesh_store::{EncodedRecord, Head, JournalReader, ReadError, Snapshot, StoredRecord};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::authority::random_fill;
 use crate::config::Passphrase;
+use crate::directory::Directory;
+use crate::snapshots;
 use crate::state::read_file;
 
 const MAGIC: &[u8] = b"meshbackup 1\n";
@@ -53,6 +60,35 @@ pub(crate) struct Manifest {
     #[serde(with = "hex")]
     pub(crate) hash: [u8; 32],
     files: Vec<FileEntry>,
+    /// `None` if the records are there from the first on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<BaseEntry>,
+}
+
+/// Where the records begin, and what stands in for those before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BaseEntry {
+    /// The last record that is gone, and its hash, which the first one that is left continues.
+    seq: u64,
+    #[serde(with = "hex")]
+    hash: [u8; 32],
+    /// Layout of World, and its length.
+    world_version: u32,
+    world_bytes: u64,
+    /// Records that were kept.
+    kept: u64,
+}
+
+impl Manifest {
+    pub(crate) fn head(&self) -> Head {
+        Head { seq: self.seq, hash: self.hash }
+    }
+
+    /// Number of the first record that is left.
+    pub(crate) fn first_seq(&self) -> u64 {
+        self.base.as_ref().map_or(0, |base| base.seq) + 1
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,10 +116,8 @@ pub enum BackupError {
     Journal(#[source] ReadError),
     #[error("the journal in the backup does not end where the backup says")]
     OtherHead,
-    #[error(
-        "the journal has lost its oldest records by retention, and a backup needs all: copy the state directory instead"
-    )]
-    Cut,
+    #[error("World cannot be encoded: {0}")]
+    World(String),
 }
 
 impl From<SealError> for BackupError {
@@ -106,28 +140,106 @@ impl From<io::Error> for BackupError {
     }
 }
 
-/// Writes a backup of the state directory `root` to `out`; `journal` is read up to `head`. Blocks.
+/// What a backup is taken of.
+pub(crate) struct Source<'a> {
+    /// The state directory.
+    pub(crate) root: &'a Path,
+    pub(crate) journal: &'a dyn JournalReader,
+    pub(crate) directory: &'a Directory,
+}
+
+/// What stands in for records that are gone.
+pub(crate) struct Beginning {
+    /// The last of them.
+    pub(crate) base: Head,
+    /// World as of the journal's head.
+    pub(crate) world: Snapshot,
+    pub(crate) kept: Vec<StoredRecord>,
+}
+
+impl Beginning {
+    /// `None` if no record is gone.
+    fn of(source: &Source<'_>) -> Result<Option<Self>, BackupError> {
+        let base = source.journal.base();
+        if base.seq == 0 {
+            return Ok(None);
+        }
+        let world = snapshots::of(source.directory).map_err(BackupError::World)?;
+        let kept = source.journal.kept().map_err(BackupError::Journal)?;
+        Ok(Some(Self { base, world, kept }))
+    }
+
+    fn entry(&self) -> BaseEntry {
+        BaseEntry {
+            seq: self.base.seq,
+            hash: self.base.hash,
+            world_version: self.world.version,
+            world_bytes: self.world.bytes.len() as u64,
+            kept: self.kept.len() as u64,
+        }
+    }
+
+    fn write(&self, writer: &mut SealedWriter<'_>) -> Result<(), BackupError> {
+        writer.write_all(&self.world.bytes)?;
+        for record in &self.kept {
+            writer.write_all(&record.seq.to_be_bytes())?;
+            writer.write_all(&record.hash)?;
+            write_record(writer, record)?;
+        }
+        Ok(())
+    }
+
+    /// Room is made for what is there, not for what the manifest says.
+    fn read(reader: &mut impl Read, entry: &BaseEntry, head: Head) -> Result<Self, BackupError> {
+        if entry.seq == 0 || entry.seq > head.seq {
+            return Err(BackupError::Malformed("where its records begin"));
+        }
+        if entry.world_bytes > SNAPSHOT_BYTES_MAX as u64 {
+            return Err(BackupError::Malformed("World's length"));
+        }
+        let mut bytes = Vec::new();
+        reader.take(entry.world_bytes).read_to_end(&mut bytes)?;
+        let mut kept = Vec::new();
+        for _ in 0..entry.kept {
+            let (mut seq, mut hash) = ([0; 8], [0; 32]);
+            read_whole(reader, &mut seq)?;
+            read_whole(reader, &mut hash)?;
+            let record = read_record(reader)?.ok_or(BackupError::Malformed("it ends too early"))?;
+            let EncodedRecord { op_id, time_secs, bytes } = record;
+            kept.push(StoredRecord { seq: u64::from_be_bytes(seq), time_secs, op_id, bytes, hash });
+        }
+        let world = Snapshot { head, version: entry.world_version, bytes };
+        Ok(Self { base: Head { seq: entry.seq, hash: entry.hash }, world, kept })
+    }
+}
+
+/// Writes a backup to `out`, with the records up to the head as it is now. Blocks.
 pub(crate) fn write(
     out: &mut dyn Write,
     passphrase: &Passphrase,
-    root: &Path,
-    journal: &dyn JournalReader,
-    (head, domain, fleet, taken_at): (Head, &str, &str, i64),
+    source: &Source<'_>,
+    taken_at: i64,
 ) -> Result<Manifest, BackupError> {
-    // A restore makes every hash anew, from the first record on.
-    if journal.base().seq > 0 {
-        return Err(BackupError::Cut);
-    }
-    let files = collect(root)?;
+    // Nothing of it leaves while it is read.
+    let _whole = source.journal.hold();
+    let beginning = Beginning::of(source)?;
+    let (domain, fleet, head) = source.directory.read_with_head(|world, head| {
+        let domain = world.mesh().map(|mesh| mesh.domain.to_string()).unwrap_or_default();
+        (domain, world.fleet().unwrap_or_default().to_owned(), head)
+    });
+    // World goes no further than its own head.
+    let head = beginning.as_ref().map_or(head, |beginning| beginning.world.head);
+    let files = collect(source.root)?;
     let entries =
         files.iter().map(|(name, bytes)| FileEntry { name: name.clone(), bytes: bytes.len() as u64 });
     let manifest = Manifest {
-        domain: domain.to_owned(),
-        fleet: fleet.to_owned(),
+        domain,
+        fleet,
         taken_at,
         seq: head.seq,
         hash: head.hash,
         files: entries.collect(),
+        base: beginning.as_ref().map(Beginning::entry),
     };
     let text = serde_json::to_vec(&manifest).map_err(|_| BackupError::Malformed("manifest"))?;
     let sealer = ArchiveSealer::new(passphrase.as_bytes(), KdfParams::default(), &mut random_fill)?;
@@ -139,15 +251,23 @@ pub(crate) fn write(
     for (_, bytes) in &files {
         writer.write_all(bytes)?;
     }
-    for record in journal.read(1).take(usize::try_from(head.seq).unwrap_or(usize::MAX)) {
+    beginning.iter().try_for_each(|beginning| beginning.write(&mut writer))?;
+    for record in source.journal.read(manifest.first_seq()) {
         let record = record.map_err(BackupError::Journal)?;
-        writer.write_all(&length(record.bytes.len())?)?;
-        writer.write_all(&record.op_id)?;
-        writer.write_all(&record.time_secs.to_be_bytes())?;
-        writer.write_all(&record.bytes)?;
+        if record.seq > head.seq {
+            break;
+        }
+        write_record(&mut writer, &record)?;
     }
     writer.finish()?;
     Ok(manifest)
+}
+
+fn write_record(writer: &mut SealedWriter<'_>, record: &StoredRecord) -> Result<(), BackupError> {
+    writer.write_all(&length(record.bytes.len())?)?;
+    writer.write_all(&record.op_id)?;
+    writer.write_all(&record.time_secs.to_be_bytes())?;
+    Ok(writer.write_all(&record.bytes)?)
 }
 
 fn length(bytes: usize) -> Result<[u8; 4], BackupError> {
@@ -226,7 +346,7 @@ impl SealedWriter<'_> {
 }
 
 /// Puts sealed chunks together again. Nothing is handed out that was not authenticated.
-struct OpenedReader<R> {
+pub(crate) struct OpenedReader<R> {
     source: R,
     /// `None` after the last chunk.
     opener: Option<ArchiveOpener>,
@@ -282,12 +402,20 @@ impl<R: Read> Read for OpenedReader<R> {
 pub(crate) struct Opened<R> {
     pub(crate) manifest: Manifest,
     pub(crate) files: Files,
-    reader: OpenedReader<R>,
+    pub(crate) beginning: Option<Beginning>,
+    reader: R,
 }
 
 /// Opens a backup and reads all but its records. Blocks.
-pub(crate) fn open<R: Read>(source: R, passphrase: &Passphrase) -> Result<Opened<R>, BackupError> {
-    let mut reader = OpenedReader::open(source, passphrase)?;
+pub(crate) fn open<R: Read>(
+    source: R,
+    passphrase: &Passphrase,
+) -> Result<Opened<OpenedReader<R>>, BackupError> {
+    read_content(OpenedReader::open(source, passphrase)?)
+}
+
+/// Reads what was sealed, but for the records.
+fn read_content<R: Read>(mut reader: R) -> Result<Opened<R>, BackupError> {
     let mut magic = [0; MAGIC.len()];
     read_whole(&mut reader, &mut magic)?;
     if magic != MAGIC {
@@ -310,7 +438,10 @@ pub(crate) fn open<R: Read>(source: R, passphrase: &Passphrase) -> Result<Opened
         read_whole(&mut reader, &mut bytes)?;
         files.push((entry.name.clone(), bytes));
     }
-    Ok(Opened { manifest, files, reader })
+    let head = manifest.head();
+    let beginning =
+        manifest.base.as_ref().map(|entry| Beginning::read(&mut reader, entry, head)).transpose()?;
+    Ok(Opened { manifest, files, beginning, reader })
 }
 
 /// How long a file of this name may be; `None` for one that has no place in a state directory.
@@ -327,16 +458,21 @@ fn limit_of(name: &str) -> Option<u64> {
 impl<R: Read> Opened<R> {
     /// The next record; `None` at the end, which has been authenticated then.
     pub(crate) fn next_record(&mut self) -> Result<Option<EncodedRecord>, BackupError> {
-        let Some(bytes) = read_length(&mut self.reader)? else { return Ok(None) };
-        if bytes > mesh_store::journal::RECORD_BYTES_MAX {
-            return Err(BackupError::Malformed("a record's length"));
-        }
-        let (mut op_id, mut time, mut body) = ([0; 16], [0; 8], vec![0; bytes]);
-        read_whole(&mut self.reader, &mut op_id)?;
-        read_whole(&mut self.reader, &mut time)?;
-        read_whole(&mut self.reader, &mut body)?;
-        Ok(Some(EncodedRecord { op_id, time_secs: i64::from_be_bytes(time), bytes: body }))
+        read_record(&mut self.reader)
     }
+}
+
+/// `None` at the end.
+fn read_record(reader: &mut impl Read) -> Result<Option<EncodedRecord>, BackupError> {
+    let Some(bytes) = read_length(reader)? else { return Ok(None) };
+    if bytes > mesh_store::journal::RECORD_BYTES_MAX {
+        return Err(BackupError::Malformed("a record's length"));
+    }
+    let (mut op_id, mut time, mut body) = ([0; 16], [0; 8], vec![0; bytes]);
+    read_whole(reader, &mut op_id)?;
+    read_whole(reader, &mut time)?;
+    read_whole(reader, &mut body)?;
+    Ok(Some(EncodedRecord { op_id, time_secs: i64::from_be_bytes(time), bytes: body }))
 }
 
 /// `None` at the end.
@@ -356,3 +492,6 @@ fn read_whole(reader: &mut impl Read, bytes: &mut [u8]) -> Result<(), BackupErro
         _ => error.into(),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,6 +142,8 @@ pub struct RestoreSummary {
     pub state_dir: PathBuf,
     pub domain: String,
     pub taken_at: time::UtcDateTime,
+    /// First record of the journal that is left by its retention.
+    pub first_seq: u64,
     /// Last record of the journal.
     pub seq: u64,
     pub unlock: Unlock,

@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 
 use mesh_runtime::SharedClock;
-use mesh_store::{Append, Head, Journal, Store};
+use mesh_store::{Append, BeginError, Head, Journal, Store};
 use time::UtcDateTime;
 
-use crate::backup::{self, BackupError, Opened};
+use crate::backup::{self, BackupError, Beginning, Opened};
 use crate::config::{RestoreConfig, RestoreSummary};
+use crate::controller::load_world;
 use crate::error::StartupError;
 use crate::init::crl_number_floor;
 use crate::state::{Settings, StateDir};
@@ -59,12 +60,21 @@ fn fill<R: Read>(
     for (name, bytes) in opened.files.iter().filter(|(name, _)| name != backup::SETTINGS_NAME) {
         state.write(name, bytes)?;
     }
+    let refused = |source| StartupError::Backup { path: config.backup.clone(), source };
+    let beginning = opened.beginning.take();
+    if let Some(beginning) = &beginning {
+        begin(beginning, state, &mut store, refused)?;
+    }
     let head = replay(config, &mut opened, state, &mut store)?;
     let manifest = opened.manifest;
-    if head != (Head { seq: manifest.seq, hash: manifest.hash }) {
-        return Err(StartupError::Backup { path: config.backup.clone(), source: BackupError::OtherHead });
+    if head != manifest.head() {
+        return Err(refused(BackupError::OtherHead));
+    }
+    if let Some(beginning) = &beginning {
+        take_world(beginning, state, &store, refused)?;
     }
     let summary = RestoreSummary {
+        first_seq: manifest.first_seq(),
         state_dir: config.state_dir.clone(),
         domain: manifest.domain,
         taken_at: UtcDateTime::from_unix_timestamp(manifest.taken_at).unwrap_or(UtcDateTime::UNIX_EPOCH),
@@ -78,6 +88,36 @@ fn fill<R: Read>(
         ..settings
     })?;
     Ok(summary)
+}
+
+/// Lets the journal begin where the backed-up one did.
+fn begin(
+    beginning: &Beginning,
+    state: &StateDir,
+    store: &mut Store,
+    refused: impl Fn(BackupError) -> StartupError,
+) -> Result<(), StartupError> {
+    store.journal.begin_after(&beginning.base, &beginning.kept).map_err(|error| match error {
+        BeginError::NotEmpty => StartupError::StateExists { path: state.root().into() },
+        BeginError::Kept { .. } => refused(BackupError::Malformed("its kept records")),
+        BeginError::Io { path, source } => StartupError::io("write", &path, source),
+    })
+}
+
+/// Writes down what stands in for the records that are gone. A controller must be able to start from it.
+fn take_world(
+    beginning: &Beginning,
+    state: &StateDir,
+    store: &Store,
+    refused: impl Fn(BackupError) -> StartupError,
+) -> Result<(), StartupError> {
+    let written = store.snapshots.write(&beginning.world);
+    written.map_err(|error| StartupError::internal("cannot write a snapshot", error))?;
+    let loaded = load_world(state, &store.journal, &store.snapshots);
+    match loaded.is_ok_and(|(world, _)| world.mesh().is_some()) {
+        true => Ok(()),
+        false => Err(refused(BackupError::Malformed("its World"))),
+    }
 }
 
 /// Appends all records; their hashes are made anew, so that the head proves them.

@@ -92,7 +92,8 @@ impl Rig {
         let issuing = Issuing::new(Arc::new(authority), Arc::clone(&directory), Arc::clone(&shared)).unwrap();
         let publishing = Publishing { url: Some("http://pki.mesh.internal".into()), shards: 4 };
         let parts = (Arc::clone(&shared), state.crls(), publishing);
-        let publisher = Publisher::new(Arc::clone(&directory), writer.clone(), issuing.clone(), parts);
+        let publisher = Publisher::new(Arc::clone(&directory), writer.clone(), issuing.clone(), parts)
+            .numbered_from(state.settings().unwrap().crl_number_floor.unwrap_or(0));
         publisher.open_shards().await.unwrap();
         publisher.start().await.unwrap();
         let (snapshots, retention) = (store.snapshots, Some(retention));

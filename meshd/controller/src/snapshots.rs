@@ -63,12 +63,17 @@ impl SnapshotTaker {
     }
 }
 
-/// Writes a snapshot of World as it is now. Blocks.
-pub(crate) fn take(directory: &Directory, snapshots: &Snapshots) -> Result<(), String> {
+/// World as it is now. Blocks.
+pub(crate) fn of(directory: &Directory) -> Result<Snapshot, String> {
     let (world, head) = directory.read_with_head(|world, head| (world.clone(), head));
     let bytes = encode(&world).map_err(|error| mesh_runtime::chain(&error))?;
-    let snapshot = Snapshot { head, version: SNAPSHOT_VERSION, bytes };
+    Ok(Snapshot { head, version: SNAPSHOT_VERSION, bytes })
+}
+
+/// Writes a snapshot of World as it is now. Blocks.
+pub(crate) fn take(directory: &Directory, snapshots: &Snapshots) -> Result<(), String> {
+    let snapshot = of(directory)?;
     snapshots.write(&snapshot).map_err(|error| mesh_runtime::chain(&error))?;
-    tracing::info!(?head, "snapshot written");
+    tracing::info!(head = ?snapshot.head, "snapshot written");
     Ok(())
 }

@@ -138,30 +138,23 @@ impl Parts {
     async fn send_backup(&self, passphrase: Passphrase, parts: mpsc::Sender<Result<pb::BackupPart, Status>>) {
         // No key is drawn or removed meanwhile.
         let _one = self.successions.lock().await;
-        let (domain, fleet, head) = self.directory.read_with_head(|world, head| {
-            let domain = world.mesh().map(|mesh| mesh.domain.to_string()).unwrap_or_default();
-            (domain, world.fleet().unwrap_or_default().to_owned(), head)
-        });
-        let (archive, state) = (self.archive.clone(), self.state_dir.clone());
-        let (taken_at, sender) = (self.utc().unix(), parts.clone());
-        let write =
-            move || {
-                let mut out = PartSender { parts: sender, bytes: 0 };
-                let facts = (head, domain.as_str(), fleet.as_str(), taken_at);
-                let manifest = backup::write(&mut out, &passphrase, &state, archive.reader(), facts)
-                    .map_err(|error| match error {
-                        backup::BackupError::Cut => Problem::usage(error.to_string()),
-                        error => Problem::internal_error("the backup was not written", &error),
-                    })?;
-                tracing::info!(seq = manifest.seq, bytes = out.bytes, "backup taken");
-                Ok(pb::BackupDone {
-                    domain: manifest.domain,
-                    seq: manifest.seq,
-                    head_hash: manifest.hash.to_vec().into(),
-                    taken_at,
-                    bytes: out.bytes,
-                })
-            };
+        let (archive, directory) = (self.archive.clone(), Arc::clone(&self.directory));
+        let (state, taken_at, sender) = (self.state_dir.clone(), self.utc().unix(), parts.clone());
+        let write = move || {
+            let mut out = PartSender { parts: sender, bytes: 0 };
+            let source = backup::Source { root: &state, journal: archive.reader(), directory: &directory };
+            let manifest = backup::write(&mut out, &passphrase, &source, taken_at)
+                .map_err(|error| Problem::internal_error("the backup was not written", &error))?;
+            tracing::info!(seq = manifest.seq, bytes = out.bytes, "backup taken");
+            Ok(pb::BackupDone {
+                first_seq: manifest.first_seq(),
+                domain: manifest.domain,
+                seq: manifest.seq,
+                head_hash: manifest.hash.to_vec().into(),
+                taken_at,
+                bytes: out.bytes,
+            })
+        };
         let last = match self.issuing.on_pool(write).await {
             Ok(done) => Ok(pb::BackupPart { part: Some(pb::backup_part::Part::Done(done)) }),
             Err(problem) => Err(problem.into()),
