@@ -211,7 +211,7 @@ pub(crate) struct ControllerRun {
     #[arg(long, value_name = "BYTES", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     relay_bytes_per_second: Option<u64>,
-    /// Days that a certificate is remembered after its end and that the journal goes back; 0 keeps the journal for ever [default: 0].
+    /// Days that a certificate is remembered after its end and that the journal goes back; 0 keeps the journal for ever [default: 30].
     #[arg(long, value_name = "DAYS", global = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     retention_days: Option<u32>,

@@ -102,7 +102,7 @@ stun_listen = ""
 metrics_listen = ""
 relay = true
 relay_bytes_per_second = 4194304
-retention_days = 0
+retention_days = 30
 log_format = "text"
 "#;
 
@@ -386,6 +386,29 @@ mod tests {
             ["interface = \"d\"  # --interface", "wg_port = 3  # MESH_WG_PORT", "10-mtu.toml", "# default"]
         {
             assert!(shown.contains(part), "{part} in {shown}");
+        }
+    }
+
+    #[test]
+    fn history_goes_back_thirty_days_unless_somebody_says_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("controller.toml");
+        for (text, environment, days, origin) in [
+            ("", None, 30, "default"),
+            ("retention_days = 0", None, 0, "controller.toml"),
+            ("retention_days = 0", Some("400"), 400, "MESH_RETENTION_DAYS"),
+        ] {
+            fs::write(&file, text).unwrap();
+            let variable =
+                |name: &str| environment.filter(|_| name == "MESH_RETENTION_DAYS").map(String::from);
+            let settings =
+                Settings::layered(CONTROLLER_DEFAULTS, "", Some(file.clone()), &Table::new(), variable)
+                    .unwrap();
+            let parsed: ControllerSettings = settings.parse().unwrap();
+            assert_eq!(parsed.retention_days, days, "{text}");
+            let shown = settings.show(true);
+            let line = shown.lines().find(|line| line.starts_with("retention_days")).unwrap();
+            assert!(line.starts_with(&format!("retention_days = {days}")) && line.contains(origin), "{line}");
         }
     }
 

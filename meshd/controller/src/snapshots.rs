@@ -11,7 +11,7 @@ use crate::directory::{self, Directory};
 use crate::limits::{FOLLOW_PAUSE, SNAPSHOT_EVERY_RECORDS, SNAPSHOT_REST};
 
 /// The layout of World that this program writes and reads; another one is replayed from the journal. Once a journal has
-/// lost its beginning there is nothing to replay: from the first release on, a new layout must read the one before.
+/// lost its beginning there is nothing to replay: a new layout must read the one before (`meshd/core/tests/world/golden.rs`).
 pub(crate) const SNAPSHOT_VERSION: u32 = 2;
 
 #[derive(Debug)]
