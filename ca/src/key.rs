@@ -101,6 +101,59 @@ impl FromStr for KeyAlgorithm {
     }
 }
 
+/// Key types of CAs that are made here. Written `p256`, `p384`, `ed25519`; read also as [`KeyAlgorithm`] writes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum CaKeyType {
+    #[default]
+    P256,
+    P384,
+    Ed25519,
+}
+
+/// A text that names no key type for a CA.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no key type of a new CA; those are p256, p384 and ed25519")]
+pub struct UnknownCaKeyType(pub String);
+
+impl CaKeyType {
+    pub const ALL: [Self; 3] = [Self::P256, Self::P384, Self::Ed25519];
+
+    /// The type of a CA after one with such a key: the same, but for RSA, which only imported CAs have.
+    pub fn after(algorithm: KeyAlgorithm) -> Self {
+        match algorithm {
+            KeyAlgorithm::EcdsaP256 | KeyAlgorithm::Rsa { .. } => Self::P256,
+            KeyAlgorithm::EcdsaP384 => Self::P384,
+            KeyAlgorithm::Ed25519 => Self::Ed25519,
+        }
+    }
+
+    pub fn algorithm(self) -> KeyAlgorithm {
+        match self {
+            Self::P256 => KeyAlgorithm::EcdsaP256,
+            Self::P384 => KeyAlgorithm::EcdsaP384,
+            Self::Ed25519 => KeyAlgorithm::Ed25519,
+        }
+    }
+}
+
+impl fmt::Display for CaKeyType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::P256 => "p256",
+            Self::P384 => "p384",
+            Self::Ed25519 => "ed25519",
+        })
+    }
+}
+
+impl FromStr for CaKeyType {
+    type Err = UnknownCaKeyType;
+    fn from_str(text: &str) -> Result<Self, UnknownCaKeyType> {
+        let named = |known: &Self| known.to_string() == text || known.algorithm().to_string() == text;
+        Self::ALL.into_iter().find(named).ok_or_else(|| UnknownCaKeyType(text.to_owned()))
+    }
+}
+
 /// Why a key is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
@@ -298,6 +351,21 @@ mod tests {
             ["", "p256", "rsa", "rsa-1024", "rsa-02048", "rsa-+2048", "rsa-2050", "rsa-8192", "RSA-2048"]
         {
             assert_eq!(text.parse::<KeyAlgorithm>(), Err(UnknownKeyAlgorithm(text.to_owned())));
+        }
+    }
+
+    #[test]
+    fn a_new_ca_has_one_of_three_types_and_the_next_one_follows() {
+        for known in CaKeyType::ALL {
+            assert!(known.algorithm().permits_new_ca());
+            assert_eq!(CaKeyType::after(known.algorithm()), known);
+            for text in [known.to_string(), known.algorithm().to_string()] {
+                assert_eq!(text.parse(), Ok(known), "{text}");
+            }
+        }
+        assert_eq!(CaKeyType::after(KeyAlgorithm::Rsa { bits: 4096 }), CaKeyType::default());
+        for text in ["", "rsa", "rsa-2048", "p521", "P256", "p-256", " p256", "ed448"] {
+            assert_eq!(text.parse::<CaKeyType>(), Err(UnknownCaKeyType(text.to_owned())));
         }
     }
 }

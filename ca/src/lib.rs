@@ -69,7 +69,7 @@ pub use identity::{DnsName, Identity, Label, NameError, TrustDomain};
 pub use import::{ImportError, ImportedCa, check_ca, import_ca};
 pub use instant::CLOCK_SKEW_ALLOWANCE;
 pub use issue::{IssueError, IssuedCertificate, Issuer, SubjectKey, issue_leaf};
-pub use key::{KeyAlgorithm, KeyError, PublicKey, UnknownKeyAlgorithm};
+pub use key::{CaKeyType, KeyAlgorithm, KeyError, PublicKey, UnknownCaKeyType, UnknownKeyAlgorithm};
 pub use keystore::{KeyId, KeyStore, KeyStoreError, MemoryKeyStore};
 pub use leaf::{ClassifyError, KeyIdentifier, VerifiedLeaf, classify};
 pub use lint::{CERT_BYTES_MAX, Finding, lint_ca, lint_crl, lint_leaf, lint_ocsp_responder};

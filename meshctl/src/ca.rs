@@ -135,7 +135,7 @@ async fn show(app: &App) -> Result<()> {
 }
 
 fn authorities(info: &pb::CaInfo) -> Table {
-    let mut table = Table::new(&["CA", "STATE", "SUBJECT", "FROM", "UNTIL", "KEY"]);
+    let mut table = Table::new(&["CA", "STATE", "SUBJECT", "FROM", "UNTIL", "TYPE", "KEY"]);
     let kinds = info.roots.iter().map(|ca| ("root", ca)).chain(info.issuers.iter().map(|ca| ("issuing", ca)));
     for (kind, ca) in kinds {
         table.row([
@@ -144,6 +144,7 @@ fn authorities(info: &pb::CaInfo) -> Table {
             ca.subject.clone(),
             date(ca.not_before),
             date(ca.not_after),
+            ca.key_type.clone(),
             fingerprint(&ca.spki_sha256),
         ]);
     }
@@ -174,7 +175,7 @@ fn document(info: &pb::CaInfo) -> Value {
     let authority = |ca: &pb::CaCertificate| {
         json!({
             "subject": ca.subject, "serial": hex::encode(&ca.serial), "notBefore": rfc3339(ca.not_before),
-            "notAfter": rfc3339(ca.not_after), "standing": ca.standing, "keyOffline": ca.sealed, "spkiSha256": hex::encode(&ca.spki_sha256), "pem": encode_certificates([&ca.der]),
+            "notAfter": rfc3339(ca.not_after), "standing": ca.standing, "keyOffline": ca.sealed, "keyType": ca.key_type, "spkiSha256": hex::encode(&ca.spki_sha256), "pem": encode_certificates([&ca.der]),
         })
     };
     let crl = |crl: &pb::CrlInfo| {

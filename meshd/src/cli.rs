@@ -134,6 +134,10 @@ pub(crate) struct ControllerInit {
     /// File whose first line is the token's PIN; `-` for stdin. Asked for if needed.
     #[arg(long, value_name = "F", env = "MESH_PIN_FILE")]
     pub(crate) pin_file: Option<PathBuf>,
+    /// Type of the CA keys that are drawn now, followed by those of later CAs: p256, p384 or ed25519 (not in a hardware
+    /// token) [default: p256].
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) key_type: Option<mesh_controller::CaKeyType>,
 }
 
 #[derive(Debug, Args)]

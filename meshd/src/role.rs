@@ -74,6 +74,7 @@ fn controller_init(init: cli::ControllerInit) -> Result<(), Failure> {
         import,
         key_store,
         pin,
+        key_type: init.key_type,
     };
     let clock = || Arc::new(mesh_runtime::SystemClock);
     let summary = match mesh_controller::init(config.clone(), clock()) {

@@ -175,7 +175,12 @@ fn of_the_controllers_own_machine() {
         let mut fleet = Fleet::new();
         // In use, both the folder and the port.
         fleet.meshd_controller(&["run"]).refused("E0101", 7);
-        fleet.meshd_controller(&["init", "--domain", "mesh.internal"]).refused("E0107", 7);
+        let init = ["init", "--domain", "mesh.internal"];
+        fleet.meshd_controller(&init).refused("E0107", 7);
+        for key_type in ["rsa-4096", "p521", ""] {
+            let typed = [&init[..], &["--key-type", key_type]].concat();
+            assert!(fleet.meshd_controller(&typed).refused("E0902", 2).stderr.contains("--key-type"));
+        }
         fleet.processes.stop(CONTROLLER).unwrap();
         let address = fleet.controller_url();
         let busy =

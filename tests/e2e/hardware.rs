@@ -11,6 +11,7 @@ struct Hsm {
     folder: PathBuf,
     uri: String,
     pin_file: PathBuf,
+    config: PathBuf,
 }
 
 impl Hsm {
@@ -19,8 +20,9 @@ impl Hsm {
         let (config, tokens) = (folder.join(".config/softhsm2"), folder.join("tokens"));
         std::fs::create_dir_all(&config).unwrap();
         std::fs::create_dir(&tokens).unwrap();
+        let config = config.join("softhsm2.conf");
         let text = format!("directories.tokendir = {}\n", tokens.display());
-        std::fs::write(config.join("softhsm2.conf"), text).unwrap();
+        std::fs::write(&config, &text).unwrap();
         let made = ["--init-token", "--free", "--label", "prod CA", "--pin", PIN, "--so-pin", "13579"];
         fleet.on(CONTROLLER, "softhsm2-util", &made).ok();
         let places = ["/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so"];
@@ -31,7 +33,16 @@ impl Hsm {
         );
         let pin_file = folder.join("pin");
         std::fs::write(&pin_file, format!("{PIN}\n")).unwrap();
-        Self { folder, uri, pin_file }
+        Self { folder, uri, pin_file, config }
+    }
+
+    /// A token that makes no EC keys, and one that does again.
+    fn can_draw(&self, able: bool) {
+        let mut text = format!("directories.tokendir = {}\n", self.folder.join("tokens").display());
+        if !able {
+            text += "slots.mechanisms = -CKM_EC_KEY_PAIR_GEN\n";
+        }
+        std::fs::write(&self.config, text).unwrap();
     }
 
     fn set_pin(&self, pin: &str) {
@@ -90,9 +101,16 @@ fn the_issuing_key_lives_in_a_token_and_without_it_nothing_is_signed() {
         let inline = format!("{}&pin-value={PIN}", hsm.uri);
         let refused = fleet.meshd_controller(&["init", "--domain", "mesh.internal", "--key-store", &inline]);
         assert!(!refused.clone().refused("E0113", 2).stderr.contains(PIN), "{refused}");
+        let typed = |key_type: &str| init(&["--pin-file", &pin, "--key-type", key_type]);
+        let refused = typed("ed25519").refused("E0113", 2);
+        assert!(refused.stderr.contains("p256 or p384"), "{refused}");
+        hsm.can_draw(false);
+        let refused = typed("p384").refused("E0113", 2);
+        assert!(refused.stderr.contains("does not make keys of type ecdsa-p384"), "{refused}");
+        hsm.can_draw(true);
         assert!(!fleet.state(CONTROLLER).exists());
 
-        init(&["--pin-file", &pin]).ok();
+        typed("p384").ok();
         let keys = fleet.state(CONTROLLER).join("keys");
         assert!(keys.join("root.key").exists() && keys.join("issuing.token").exists());
         assert!(!keys.join("issuing.key").exists(), "the issuing key is nowhere but in the token");
@@ -123,8 +141,16 @@ fn the_issuing_key_lives_in_a_token_and_without_it_nothing_is_signed() {
         hsm.start(&mut fleet);
         issue_and_judge(&fleet, "three.mesh.internal");
 
-        // The next issuing CA's key is drawn there too.
+        // The next issuing CA's key is drawn there too, of the same type.
+        let ed25519 = fleet.controller(&["ca", "rotate", "start", "--key-type", "ed25519"]);
+        assert!(ed25519.refused("E0554", 1).stderr.contains("choose another with --key-type"));
         fleet.controller(&["ca", "rotate", "start"]).ok();
+        let shown = fleet.controller(&["ca", "show", "-o", "json"]).ok().json();
+        let types = |list: &str| -> Vec<String> {
+            let all = shown.pointer(&format!("/item/{list}")).or_else(|| shown.get(list)).unwrap();
+            all.as_array().unwrap().iter().map(|ca| ca["keyType"].as_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!((types("roots").len(), types("issuers")), (1, vec!["ecdsa-p384".to_owned(); 2]));
         let names =
             std::fs::read_dir(&keys).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let names: Vec<String> = names.filter(|name| name.starts_with("issuing-")).collect();

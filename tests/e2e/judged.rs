@@ -29,8 +29,23 @@ fn blocks(text: &str) -> Vec<String> {
 
 #[test]
 fn every_certificate_and_crl_of_a_fleet_is_accepted_by_foreign_judges() {
-    fleet_test("judged::every_certificate_and_crl_of_a_fleet_is_accepted_by_foreign_judges", || {
-        let fleet = Fleet::with_nodes(&["alpha", "bravo"]);
+    judge("judged::every_certificate_and_crl_of_a_fleet_is_accepted_by_foreign_judges", "p256");
+}
+
+#[test]
+fn those_of_a_fleet_with_p384_cas_are_accepted() {
+    judge("judged::those_of_a_fleet_with_p384_cas_are_accepted", "p384");
+}
+
+#[test]
+fn those_of_a_fleet_with_ed25519_cas_are_accepted() {
+    judge("judged::those_of_a_fleet_with_ed25519_cas_are_accepted", "ed25519");
+}
+
+/// A fleet whose CAs have keys of a type does what fleets do, before all judges.
+fn judge(test: &str, key_type: &str) {
+    fleet_test(test, || {
+        let fleet = Fleet::with_nodes_and(&["alpha", "bravo"], &["--key-type", key_type]);
         for (node, name, profile) in [
             ("alpha", "alpha.mesh.internal", "server"),
             ("alpha", "out.alpha.mesh.internal", "client"),

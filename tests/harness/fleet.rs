@@ -57,7 +57,14 @@ impl Fleet {
 
     /// A controller and these nodes, enrolled, all of them connected to one another.
     pub fn with_nodes(names: &[&str]) -> Self {
-        let mut fleet = Self::new();
+        Self::with_nodes_and(names, &[])
+    }
+
+    /// The same below a controller that was made with these arguments.
+    pub fn with_nodes_and(names: &[&str], init: &[&str]) -> Self {
+        let mut fleet = Self::without_controller();
+        fleet.init_controller_with(init);
+        fleet.start_controller();
         for name in names {
             fleet.add_host(name);
             fleet.start_node(name);
@@ -121,8 +128,13 @@ impl Fleet {
     }
 
     pub fn init_controller(&self) -> Ran {
+        self.init_controller_with(&[])
+    }
+
+    /// `meshd controller init` with more arguments.
+    pub fn init_controller_with(&self, args: &[&str]) -> Ran {
         std::fs::write(self.passphrase_file(), PASSPHRASE).expect("the passphrase file");
-        self.meshd_controller(&["init", "--domain", "mesh.internal"]).ok()
+        self.meshd_controller(&[&["init", "--domain", "mesh.internal"], args].concat()).ok()
     }
 
     /// `meshd controller VERB …` on the controller's host, to its end.

@@ -49,6 +49,12 @@ pub enum TokenError {
     KeyExists(KeyId),
     #[error("keys of type {0} are not generated in tokens, only ECDSA P-256 and P-384")]
     Generate(KeyAlgorithm),
+    #[error("token does not make keys of type {algorithm}")]
+    Unsupported {
+        algorithm: KeyAlgorithm,
+        #[source]
+        source: Error,
+    },
     #[error("key {0} is not an ECDSA P-256, P-384 or RSA key")]
     KeyType(KeyId),
     #[error("key {key_id} is not taken")]
@@ -150,7 +156,13 @@ impl TokenKeyStore {
             label,
             id,
         ];
-        session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private)?;
+        let drawn = session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private);
+        drawn.map_err(|error| match error {
+            Error::Pkcs11(refused, _) if is_lack(refused) => {
+                TokenError::Unsupported { algorithm, source: error }
+            }
+            other => other.into(),
+        })?;
         drop(session);
         Self::open(module, token_label, pin, std::slice::from_ref(key_id))
     }
@@ -224,6 +236,19 @@ fn connect(module: &Path, token_label: &str) -> Result<(Pkcs11, Slot, String), T
     }
     let (slot, serial) = find_token(&module, token_label)?;
     Ok((module, slot, serial))
+}
+
+/// What a token answers that knows no EC keys, or not this curve (PKCS #11 v2.40 §11.16).
+fn is_lack(refused: RvError) -> bool {
+    matches!(
+        refused,
+        RvError::MechanismInvalid
+            | RvError::MechanismParamInvalid
+            | RvError::CurveNotSupported
+            | RvError::DomainParamsInvalid
+            | RvError::AttributeValueInvalid
+            | RvError::TemplateInconsistent
+    )
 }
 
 fn login(session: &Session, pin: &str) -> Result<(), TokenError> {

@@ -115,8 +115,9 @@ impl Seal {
 }
 
 /// The request for the offline root.
-pub(super) async fn write_request(app: &App, path: &Path) -> Result<Exit> {
-    let request = app.ask(client!(CaClient<_>, app.controller().await?).request_issuer(pb::Empty {})).await?;
+pub(super) async fn write_request(app: &App, path: &Path, key_type: String) -> Result<Exit> {
+    let asked = pb::RequestIssuerRequest { key_type };
+    let request = app.ask(client!(CaClient<_>, app.controller().await?).request_issuer(asked)).await?;
     write(path, &request.pem)?;
     let name = path.display().to_string();
     let lines = [

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use mesh_ca::CaKeyType;
 use mesh_proto::v1::{self as pb, ca_client::CaClient};
 use serde_json::{Value, json};
 
@@ -36,8 +37,11 @@ pub(crate) struct Start {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["root", "auto", "response"])]
     request_out: Option<PathBuf>,
     /// For an offline root: the answer of `meshctl ca sign-issuer`
-    #[arg(long, value_name = "FILE", conflicts_with = "root")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["root", "key_type"])]
     response: Option<PathBuf>,
+    /// Type of the new keys: p256, p384 or ed25519 [default: that of the CA before]
+    #[arg(long, value_name = "TYPE")]
+    key_type: Option<CaKeyType>,
 }
 
 impl Command {
@@ -61,8 +65,9 @@ async fn status(app: &App) -> Result<pb::RotationInfo> {
 
 impl Start {
     async fn run(self, app: &App) -> Result<Exit> {
+        let key_type = self.key_type.map(|wanted| wanted.to_string()).unwrap_or_default();
         if let Some(path) = &self.request_out {
-            return ceremony::write_request(app, path).await;
+            return ceremony::write_request(app, path, key_type).await;
         }
         let signed = self.response.as_deref().map(ceremony::read_response).transpose()?.unwrap_or_default();
         let request = pb::StartRotationRequest {
@@ -70,6 +75,7 @@ impl Start {
             auto: self.auto,
             operation_id: operation_id(),
             signed,
+            key_type,
         };
         let channel = app.controller().await?;
         let info = app.ask(client!(CaClient<_>, channel).start_rotation(request)).await?;

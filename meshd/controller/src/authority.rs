@@ -12,9 +12,9 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Duration;
 
 use mesh_ca::{
-    CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyId, KeyStore, Label, LeafKey, LeafTemplate,
-    MemoryKeyStore, NameError, OcspError, OcspResponder, OcspStatus, Profile, PublishingPoints, RevokedEntry,
-    SerialNumber, SubjectKey, TrustDomain, UrlError,
+    CaKeyType, CrlPlan, DnsName, HttpUrl, Identity, Issuer, KeyAlgorithm, KeyId, KeyStore, Label, LeafKey,
+    LeafTemplate, MemoryKeyStore, NameError, OcspError, OcspResponder, OcspStatus, Profile, PublicKey,
+    PublishingPoints, RevokedEntry, SerialNumber, SubjectKey, TrustDomain, UrlError,
 };
 use mesh_core::world::Place;
 use mesh_core::{CertificateRecord, KeyHash, Owner, Reason, Serial, UtcTime};
@@ -379,6 +379,11 @@ impl Authority {
             .unwrap_or(UtcDateTime::UNIX_EPOCH)
     }
 
+    /// What the key of the next issuing CA is, unless somebody wants another.
+    pub(crate) fn next_key_type(&self) -> CaKeyType {
+        self.active(|issuing, _| Some(CaKeyType::after(key_algorithm(&issuing.der)))).unwrap_or_default()
+    }
+
     /// subjectKeyIdentifier of the CA that issues, or of its root, as World knows issuers.
     pub(crate) fn issuer_key_id(&self, role: CaRole) -> mesh_core::KeyId {
         self.active(|issuing, root| {
@@ -589,6 +594,14 @@ impl CaFacts {
             serial: certificate.raw_serial().to_vec(),
         })
     }
+}
+
+/// Type of the key of a CA of ours.
+pub(crate) fn key_algorithm(der: &[u8]) -> KeyAlgorithm {
+    let certificate = X509Certificate::from_der(der).ok();
+    certificate
+        .and_then(|(_, certificate)| PublicKey::from_spki_der(certificate.public_key().raw).ok())
+        .map_or(KeyAlgorithm::default(), |key| key.algorithm())
 }
 
 /// A serial that no certificate of ours has had: 126 random bits; the writer refuses a repeat.

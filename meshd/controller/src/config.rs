@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_ca::CaKeyType;
 use zeroize::Zeroizing;
 
 use crate::hardware::HsmPlace;
@@ -83,6 +84,8 @@ pub struct InitConfig {
     pub key_store: Option<HsmPlace>,
     /// Of that token.
     pub pin: Option<Passphrase>,
+    /// Of the keys that are drawn now; those of later CAs follow it. P-256 unless said.
+    pub key_type: Option<CaKeyType>,
 }
 
 impl InitConfig {
@@ -101,6 +104,7 @@ impl InitConfig {
             import: None,
             key_store: None,
             pin: None,
+            key_type: None,
         }
     }
 }

@@ -118,6 +118,9 @@ impl StartupError {
             Self::Import { problem } => problem.code(),
             Self::PinMissing => ErrorCode::PinMissing,
             Self::Hardware { source: TokenError::WrongPin | TokenError::PinLocked } => ErrorCode::PinWrong,
+            Self::Hardware { source: TokenError::Generate(_) | TokenError::Unsupported { .. } } => {
+                ErrorCode::ConfigInvalid
+            }
             Self::Hardware { .. } => ErrorCode::TokenUnavailable,
             Self::Backup { source: BackupError::Passphrase, .. } => ErrorCode::PassphraseWrong,
             Self::Backup { source: BackupError::Io(error), .. }
@@ -187,6 +190,9 @@ impl StartupError {
             }
             Self::Hardware { source: TokenError::NoKey(_) } => {
                 "plug in the token that was there at init; the key is in no other place".into()
+            }
+            Self::Hardware { source: TokenError::Generate(_) | TokenError::Unsupported { .. } } => {
+                "choose another with --key-type, or another token; nothing was made".into()
             }
             Self::Hardware { .. } => {
                 "plug the token in, and check module path and label in --key-store; nothing was signed".into()

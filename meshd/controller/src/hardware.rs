@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mesh_ca::{KeyAlgorithm, KeyId};
+use mesh_ca::{CaKeyType, KeyId};
 use mesh_pkcs11::{TokenError, TokenKeyStore};
 use zeroize::Zeroizing;
 
@@ -124,9 +124,12 @@ impl Hsm {
     }
 
     /// Draws a key that never leaves the token.
-    pub(crate) fn generate(&self, id: &KeyId) -> Result<TokenKeyStore, TokenError> {
+    ///
+    /// # Errors
+    /// [`TokenError::Generate`] for Ed25519, [`TokenError::Unsupported`] for what this token lacks.
+    pub(crate) fn generate(&self, id: &KeyId, key_type: CaKeyType) -> Result<TokenKeyStore, TokenError> {
         let HsmPlace { module, label, .. } = &self.place;
-        TokenKeyStore::generate(module, label, self.pin(), id, KeyAlgorithm::EcdsaP256)
+        TokenKeyStore::generate(module, label, self.pin(), id, key_type.algorithm())
     }
 
     pub(crate) fn open(&self, id: &KeyId) -> Result<TokenKeyStore, TokenError> {

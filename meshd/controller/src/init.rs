@@ -1,6 +1,6 @@
 //! `meshd controller init`: a state directory with a CA, a journal and its first record.
 
-use mesh_ca::TrustDomain;
+use mesh_ca::{CaKeyType, TrustDomain};
 use mesh_core::policy::STARTER_POLICY;
 use mesh_core::{Actor, Command, Decision, DnsName, OperationId, Request, UtcTime, World};
 use mesh_runtime::SharedClock;
@@ -44,8 +44,17 @@ fn fill(
 ) -> Result<InitSummary, StartupError> {
     let now = clock.utc_now();
     let passphrase = config.passphrase.as_ref().filter(|_| config.unlock != Unlock::None);
-    let made = Making { keys: &state.keys(), domain, fleet: &config.fleet, passphrase, token, foreign, now }
-        .create()?;
+    let made = Making {
+        keys: &state.keys(),
+        domain,
+        fleet: &config.fleet,
+        passphrase,
+        token,
+        foreign,
+        key_type: config.key_type.unwrap_or_default(),
+        now,
+    }
+    .create()?;
     let command = Command::CreateMesh {
         mesh_id: mesh_runtime::random_bytes(),
         journal_id: mesh_runtime::random_bytes(),
@@ -146,6 +155,17 @@ fn check(config: &InitConfig) -> Result<TrustDomain, StartupError> {
             "key_store",
             "an imported issuing CA brings its key in a file; only keys that are drawn now can be kept in a token",
         ));
+    }
+    if let (Some(import), Some(_)) = (&config.import, config.key_type)
+        && import.kind == ImportKind::Issuer
+    {
+        return Err(config_error(
+            "key_type",
+            "an imported issuing CA brings its key; no other is drawn now, and `meshctl ca rotate start` takes the type then",
+        ));
+    }
+    if config.key_store.is_some() && config.key_type == Some(CaKeyType::Ed25519) {
+        return Err(config_error("key_type", "keys in a hardware token are p256 or p384"));
     }
     match (&config.unlock, &config.passphrase) {
         (Unlock::None, _) | (_, Some(_)) => Ok(domain),

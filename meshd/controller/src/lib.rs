@@ -83,6 +83,7 @@ pub use error::StartupError;
 pub use hardware::HsmPlace;
 pub use import::ImportProblem;
 pub use init::init;
+pub use mesh_ca::CaKeyType;
 pub use mesh_proto::v1::ErrorCode;
 pub use restore::restore;
 

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use mesh_ca::{
-    CEREMONY_BYTES_MAX, IssuerRequest, KeyPurpose, KeyStore as _, Pointers, RevokedEntry, SignedIssuer,
+    CEREMONY_BYTES_MAX, CaKeyType, IssuerRequest, KeyPurpose, KeyStore as _, Pointers, PublicKey,
+    RevokedEntry, SignedIssuer,
 };
 use mesh_core::{Command, Request};
 use mesh_proto::v1 as pb;
@@ -16,7 +17,7 @@ use crate::config::Passphrase;
 use crate::parts::Parts;
 use crate::state::{read_file, replace_file};
 use crate::status::Problem;
-use crate::succession::{Prepared, draw, keep};
+use crate::succession::{Prepared, asked_key_type, draw, keep};
 
 /// The key of an authority that the offline root has not signed yet, and its request.
 const PENDING_KEY: &str = "pending-issuing";
@@ -88,8 +89,13 @@ impl Parts {
     }
 
     /// The request for the offline root: made once, and handed out again until it is answered.
-    pub(crate) async fn request_issuer(&self, caller: &Caller) -> Result<pb::IssuerRequest, Problem> {
+    pub(crate) async fn request_issuer(
+        &self,
+        caller: &Caller,
+        request: pb::RequestIssuerRequest,
+    ) -> Result<pb::IssuerRequest, Problem> {
         let actor = super::service::actor(caller)?;
+        let key_type = asked_key_type(&request.key_type)?;
         let _one = self.successions.lock().await;
         let at = self.utc();
         let (root, fleet, crl_number, revoked) = self.directory.read(|world| {
@@ -112,7 +118,8 @@ impl Parts {
             revoked: revoked.into_iter().filter_map(|(serial, at, why)| crl_entry(serial, at, why)).collect(),
         };
         let authority = Arc::clone(self.issuing.authority());
-        let (pem, key_hash) = self.issuing.on_pool(move || pending_request(&authority, draft)).await?;
+        let (pem, key_hash) =
+            self.issuing.on_pool(move || pending_request(&authority, draft, key_type)).await?;
         Ok(pb::IssuerRequest {
             pem,
             root_spki_sha256: facts.spki_sha256.to_vec().into(),
@@ -252,7 +259,11 @@ impl Draft {
 
 /// The request that waits, PEM, and the digest of its key; made if there is none or it asks for something else than
 /// `draft`. Blocks.
-fn pending_request(authority: &Authority, draft: Draft) -> Result<(String, [u8; 32]), Problem> {
+fn pending_request(
+    authority: &Authority,
+    draft: Draft,
+    key_type: Option<CaKeyType>,
+) -> Result<(String, [u8; 32]), Problem> {
     if authority.token().is_some() {
         // Its key would wait in a file.
         return Err(Problem::new(
@@ -262,19 +273,27 @@ fn pending_request(authority: &Authority, draft: Draft) -> Result<(String, [u8; 
         ));
     }
     let key_file = authority.keys().join(format!("{PENDING_KEY}.key"));
+    let fits = |key: &PublicKey| key_type.is_none_or(|wanted| key.algorithm() == wanted.algorithm());
     if key_file.exists()
         && let Ok((pem, request)) = stored_request(authority)
         && draft.is_in(&request)
+        && fits(&request.public_key)
     {
         return Ok((pem, request.public_key.key_hash()));
     }
-    let key = match key_file.exists() {
-        true => NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?,
-        false => draw(authority, PENDING_KEY, KeyPurpose::Issuing)?,
-    };
     let failed = "cannot make a request";
-    let public_key =
-        key.store.public_key(&key.id).map_err(|error| Problem::internal_error(failed, &error))?;
+    let public_of =
+        |key: &NewKey| key.store.public_key(&key.id).map_err(|error| Problem::internal_error(failed, &error));
+    let mut key = match key_file.exists() {
+        true => NewKey::open(authority, PENDING_KEY, KeyPurpose::Issuing)?,
+        false => draw(authority, PENDING_KEY, KeyPurpose::Issuing, next_type(authority, key_type))?,
+    };
+    let mut public_key = public_of(&key)?;
+    if !fits(&public_key) {
+        // Whoever signs the request before this one signs for nothing.
+        key = draw(authority, PENDING_KEY, KeyPurpose::Issuing, next_type(authority, key_type))?;
+        public_key = public_of(&key)?;
+    }
     let Draft { root_key_hash, mesh, pointers, requested_at, crl_number, revoked } = draft;
     let request =
         IssuerRequest { root_key_hash, mesh, public_key, pointers, requested_at, crl_number, revoked };
@@ -284,6 +303,10 @@ fn pending_request(authority: &Authority, draft: Draft) -> Result<(String, [u8; 
     replace_file(&authority.keys().join(PENDING_REQUEST), pem.as_bytes())
         .map_err(|error| Problem::internal_error("cannot write the request", &error))?;
     Ok((pem, request.public_key.key_hash()))
+}
+
+fn next_type(authority: &Authority, wanted: Option<CaKeyType>) -> CaKeyType {
+    wanted.unwrap_or_else(|| authority.next_key_type())
 }
 
 fn stored_request(authority: &Authority) -> Result<(String, IssuerRequest), Problem> {

@@ -4,17 +4,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_ca::{CaNaming, Issuer, KeyPurpose, KeyStore as _, TrustAnchors, Usage, verify_chain};
+use mesh_ca::{CaKeyType, CaNaming, Issuer, KeyPurpose, KeyStore as _, TrustAnchors, Usage, verify_chain};
 use mesh_core::{
     Actor, CaRecord, Change, Command, Cross, Decision, KeyId, NodeId, OperationId, Request, Serial, World,
 };
+use mesh_pkcs11::TokenError;
 use mesh_proto::v1 as pb;
 use mesh_runtime::ShutdownToken;
 use rustls_pki_types::CertificateDer;
 use time::UtcDateTime;
 
 use crate::auth::Caller;
-use crate::authority::{Authority, CaFacts, KeyProblem, NewKey, Signer, core_key_id, random_fill};
+use crate::authority::{
+    Authority, CaFacts, KeyProblem, NewKey, Signer, core_key_id, key_algorithm, random_fill,
+};
 use crate::hardware::{Hsm, TOKEN_FILE_SUFFIX, write_token_file};
 use crate::parts::Parts;
 use crate::publish::Publisher;
@@ -71,21 +74,33 @@ impl From<mesh_ca::IssueError> for Problem {
     }
 }
 
+/// What new authorities are to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    /// A root, too.
+    pub(crate) root: bool,
+    /// Of every new key; without it each follows the one before it.
+    pub(crate) key_type: Option<CaKeyType>,
+    pub(crate) now: UtcDateTime,
+}
+
 /// New keys, sealed and written, and certificates by the keys that are here. Blocks.
-fn prepare(
+pub(crate) fn prepare(
     authority: &Authority,
     active_root: &mesh_core::Authority,
     fleet: &str,
     publisher: &Publisher,
-    (with_root, now): (bool, UtcDateTime),
+    wanted: Wanted,
 ) -> Result<Prepared, Problem> {
+    let now = wanted.now;
     let old =
         authority.signer(&active_root.key_id).ok_or_else(|| Problem::root_sealed("sign a new authority"))?;
     let naming = CaNaming { mesh: fleet, now };
-    let new_root = match with_root {
+    let new_root = match wanted.root {
         false => None,
         true => {
-            let key = draw(authority, "new-root", KeyPurpose::Root)?;
+            let key_type = wanted.key_type.unwrap_or(CaKeyType::after(key_algorithm(&active_root.der)));
+            let key = draw(authority, "new-root", KeyPurpose::Root, key_type)?;
             let made = mesh_ca::create_root(&key.store, &key.id, naming, &mut random_fill)?;
             Some(keep(authority, key, &made.der, KeyPurpose::Root)?)
         }
@@ -104,12 +119,13 @@ fn prepare(
         }
     };
     let root = new_root.as_ref().unwrap_or(&old);
+    let key_type = wanted.key_type.unwrap_or_else(|| authority.next_key_type());
     if let Some(token) = authority.token() {
         let pointers = publisher.ca_pointers(root.issuer.certificate_der())?;
-        let issuing = draw_in_token(authority, token, root, (naming, &pointers))?;
+        let issuing = draw_in_token(authority, (token, key_type), root, (naming, &pointers))?;
         return Ok(Prepared { issuing, root: new_root, crosses });
     }
-    let key = draw(authority, "new-issuing", KeyPurpose::Issuing)?;
+    let key = draw(authority, "new-issuing", KeyPurpose::Issuing, key_type)?;
     let public = key.store.public_key(&key.id).map_err(mesh_ca::IssueError::KeyStore)?;
     let pointers = publisher.ca_pointers(root.issuer.certificate_der())?;
     let made = mesh_ca::create_issuing_ca_for(
@@ -124,25 +140,44 @@ fn prepare(
     Ok(Prepared { issuing, root: new_root, crosses })
 }
 
-pub(crate) fn draw(authority: &Authority, name: &str, purpose: KeyPurpose) -> Result<NewKey, Problem> {
+pub(crate) fn draw(
+    authority: &Authority,
+    name: &str,
+    purpose: KeyPurpose,
+    key_type: CaKeyType,
+) -> Result<NewKey, Problem> {
     let id = mesh_ca::KeyId::parse(name).map_err(|error| Problem::internal_error("bad key name", &error))?;
-    Ok(NewKey::draw(id, purpose, authority.passphrase())?)
+    Ok(NewKey::draw(id, purpose, key_type, authority.passphrase())?)
+}
+
+/// The key type that a caller asks for; `None` if it leaves that to us.
+pub(crate) fn asked_key_type(text: &str) -> Result<Option<CaKeyType>, Problem> {
+    match text {
+        "" => Ok(None),
+        text => text
+            .parse()
+            .map(Some)
+            .map_err(|_| Problem::usage("this is no key type of a new CA; those are p256, p384 and ed25519")),
+    }
 }
 
 /// An issuing CA below `root` whose key is drawn in the token and never leaves it.
 fn draw_in_token(
     authority: &Authority,
-    token: &Hsm,
+    (token, key_type): (&Hsm, CaKeyType),
     root: &Signer,
     (naming, pointers): (CaNaming<'_>, &mesh_ca::Pointers),
 ) -> Result<Signer, Problem> {
     let label = Hsm::fresh_label();
-    let store = token.generate(&label).map_err(|error| {
-        Problem::new(
-            pb::ErrorCode::TokenUnavailable,
-            format!("no key was drawn in the hardware token: {}", mesh_runtime::chain(&error)),
-            "put the token back and try again; nothing was changed",
-        )
+    let store = token.generate(&label, key_type).map_err(|error| {
+        let next = match error {
+            TokenError::Generate(_) | TokenError::Unsupported { .. } => {
+                "choose another with --key-type; nothing was changed"
+            }
+            _ => "put the token back and try again; nothing was changed",
+        };
+        let why = format!("no key was drawn in the hardware token: {}", mesh_runtime::chain(&error));
+        Problem::new(pb::ErrorCode::TokenUnavailable, why, next)
     })?;
     let made = || -> Result<Issuer, Problem> {
         let public = store.public_key(&label).map_err(mesh_ca::IssueError::KeyStore)?;
@@ -266,6 +301,10 @@ impl Parts {
     ) -> Result<pb::RotationInfo, Problem> {
         let operation = super::service::operation(&request.operation_id)?;
         let actor = super::service::actor(caller)?;
+        let key_type = asked_key_type(&request.key_type)?;
+        if key_type.is_some() && !request.signed.is_empty() {
+            return Err(Problem::usage("the key of an answered request is drawn already"));
+        }
         let _one = self.successions.lock().await;
         if self.directory.read(|world| world.operation(&operation).is_some()) {
             return self.rotation_info(false);
@@ -288,9 +327,10 @@ impl Parts {
                 ));
             }
             (false, false) => self.take_response(request.signed, &active_root).await?,
-            (true, with_root) => {
+            (true, root) => {
                 let publisher = Arc::clone(&self.publisher);
-                let work = move || prepare(&authority, &active_root, &fleet, &publisher, (with_root, now));
+                let wanted = Wanted { root, key_type, now };
+                let work = move || prepare(&authority, &active_root, &fleet, &publisher, wanted);
                 self.issuing.on_pool(work).await?
             }
         };

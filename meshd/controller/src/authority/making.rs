@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use mesh_ca::{
-    DnsName, Identity, Issuer, KeyId, KeyPurpose, KeyStore, LeafKey, LeafTemplate, Profile, SubjectKey,
-    TrustDomain,
+    CaKeyType, DnsName, Identity, Issuer, KeyId, KeyPurpose, KeyStore, LeafKey, LeafTemplate, Profile,
+    SubjectKey, TrustDomain,
 };
 use mesh_core::CaRecord;
 use time::UtcDateTime;
@@ -26,6 +26,8 @@ pub(crate) struct Making<'a> {
     pub(crate) token: Option<&'a Hsm>,
     /// A CA that takes the place of a new one.
     pub(crate) foreign: Option<&'a Foreign>,
+    /// Of the keys that are drawn.
+    pub(crate) key_type: CaKeyType,
     pub(crate) now: UtcDateTime,
 }
 
@@ -45,7 +47,7 @@ impl Making<'_> {
     pub(crate) fn create(&self) -> Result<NewAuthority, StartupError> {
         let failed = |problem: KeyProblem| problem.at_start(self.keys);
         let Some(foreign) = self.foreign else {
-            let key = NewKey::draw(key_id(ROOT_KEY_ID), KeyPurpose::Root, self.passphrase).map_err(failed)?;
+            let key = self.draw(ROOT_KEY_ID, KeyPurpose::Root)?;
             let naming = mesh_ca::CaNaming { mesh: self.fleet, now: self.now };
             let root = mesh_ca::create_root(&key.store, &key.id, naming, &mut random_fill)
                 .map_err(internal("cannot make the root CA"))?;
@@ -69,20 +71,25 @@ impl Making<'_> {
         self.sum_up(foreign.root(), true, &der)
     }
 
+    fn draw(&self, name: &str, purpose: KeyPurpose) -> Result<NewKey, StartupError> {
+        NewKey::draw(key_id(name), purpose, self.key_type, self.passphrase)
+            .map_err(|problem| problem.at_start(self.keys))
+    }
+
     /// An issuing CA below the root whose key is here: drawn, certified, and written or kept in the token.
     fn below(&self, root_key: &NewKey, root_der: &[u8]) -> Result<Vec<u8>, StartupError> {
         let failed = |problem: KeyProblem| problem.at_start(self.keys);
         let root = Issuer::new(root_der, root_key.id.clone(), self.domain.clone(), &root_key.store)
             .map_err(|error| self.refused(error))?;
         let Some(token) = self.token else {
-            let key =
-                NewKey::draw(key_id(ISSUING_KEY_ID), KeyPurpose::Issuing, self.passphrase).map_err(failed)?;
+            let key = self.draw(ISSUING_KEY_ID, KeyPurpose::Issuing)?;
             let der = self.certify((&root, &root_key.store), (&key.id, &key.store))?;
             key.write(self.keys).map_err(failed)?;
             return Ok(der);
         };
         let label = Hsm::fresh_label();
-        let store = token.generate(&label).map_err(|source| StartupError::Hardware { source })?;
+        let store =
+            token.generate(&label, self.key_type).map_err(|source| StartupError::Hardware { source })?;
         let path = self.keys.join(format!("{ISSUING_KEY_ID}.{TOKEN_FILE_SUFFIX}"));
         let made = self.certify((&root, &root_key.store), (&label, &store)).and_then(|der| {
             write_token_file(&path, &label).map_err(|error| StartupError::io("write", &path, error))?;

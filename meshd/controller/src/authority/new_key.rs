@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mesh_ca::{KeyId, KeyPurpose, MemoryKeyStore};
+use mesh_ca::{CaKeyType, KeyId, KeyPurpose, MemoryKeyStore};
 use zeroize::Zeroizing;
 
 use super::{Authority, random_fill};
@@ -47,10 +47,11 @@ impl NewKey {
     pub(crate) fn draw(
         id: KeyId,
         purpose: KeyPurpose,
+        key_type: CaKeyType,
         passphrase: Option<&Passphrase>,
     ) -> Result<Self, KeyProblem> {
         let mut store = MemoryKeyStore::new();
-        let pkcs8 = store.generate(id.clone()).map_err(KeyProblem::Draw)?;
+        let pkcs8 = store.generate_for(id.clone(), key_type.algorithm()).map_err(KeyProblem::Draw)?;
         Self::sealed(id, store, pkcs8, purpose, passphrase)
     }
 

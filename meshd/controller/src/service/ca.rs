@@ -7,7 +7,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
-use crate::authority::CaFacts;
+use crate::authority::{CaFacts, key_algorithm};
 use crate::backup;
 use crate::config::Passphrase;
 use crate::parts::Parts;
@@ -92,10 +92,10 @@ impl pb::ca_server::Ca for CaService {
 
     async fn request_issuer(
         &self,
-        request: Request<pb::Empty>,
+        request: Request<pb::RequestIssuerRequest>,
     ) -> Result<Response<pb::IssuerRequest>, Status> {
         let caller = Caller::from_extensions(request.extensions())?;
-        Ok(Response::new(self.0.request_issuer(&caller).await?))
+        Ok(Response::new(self.0.request_issuer(&caller, request.into_inner()).await?))
     }
 }
 
@@ -218,5 +218,6 @@ fn ca_message(ca: &mesh_core::Authority) -> Option<pb::CaCertificate> {
         serial: facts.serial.into(),
         standing: ca.standing.as_str().to_owned(),
         sealed: ca.sealed,
+        key_type: key_algorithm(&ca.der).to_string(),
     })
 }

@@ -6,6 +6,7 @@ mod enrollment;
 mod harness;
 mod imports;
 mod journal;
+mod key_types;
 mod metrics;
 mod ocsp;
 mod operators;

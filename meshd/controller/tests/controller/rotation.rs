@@ -147,7 +147,7 @@ async fn abort(running: &Running) -> Result<pb::RotationInfo, tonic::Status> {
 }
 
 /// The node renews under the CA that issues now and says that it has the newest bundle.
-async fn follow(running: &Running, node: &Node) -> Node {
+pub(crate) async fn follow(running: &Running, node: &Node) -> Node {
     let renewed = renew(running, node).await;
     let (stream, full) = SyncStream::of(running, &renewed).await;
     acknowledge(&stream, full.trust.unwrap().version).await;
@@ -295,7 +295,7 @@ async fn an_offline_root_signs_a_new_issuing_ca_and_nothing_else_is_believed() {
         pb::SealRequest { root_spki_sha256: exported.spki_sha256.clone(), operation_id: operation().into() };
     ca(&running).await.seal(seal).await.unwrap();
     let ask = async |running: &Running| {
-        ca(running).await.request_issuer(pb::Empty {}).await.unwrap().into_inner().pem
+        ca(running).await.request_issuer(pb::RequestIssuerRequest::default()).await.unwrap().into_inner().pem
     };
     let pem = ask(&running).await;
     let running = restart_published(&mesh, running).await;
