@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh_ca::LeafKey;
 use mesh_core::{
-    Actor, CertificateRecord, Command, DnsName, NodeId, NodeName, OperationId, Owner, Reason, Request,
+    Actor, CertificateRecord, Command, DnsName, KeyId, NodeId, NodeName, OperationId, Owner, Reason, Request,
     Serial, TokenId, UtcTime, WgKey, Which,
 };
 use mesh_runtime::{Clock, SharedClock, ShutdownToken};
@@ -25,6 +25,7 @@ use crate::issuer::Issuing;
 use crate::publish::Publisher;
 use crate::retention::{Keeper, segment_span};
 use crate::state::{StateDir, room_taken};
+use crate::succession::{self, Wanted};
 use crate::writer::{Committed, WriteError, Writer, WriterParts};
 
 pub(crate) const DAY: u64 = 86_400;
@@ -187,6 +188,43 @@ impl Rig {
             Command::RevokeCertificates { which: Which::Serial(serial), reason: Reason::Superseded };
         let operation = OperationId(mesh_runtime::random_bytes());
         self.writer.submit(Request { actor: Actor::LocalRoot, operation, command }).await
+    }
+
+    /// Announces a new issuing CA, below a new root if one is wanted.
+    pub(crate) async fn start_rotation(&self, with_root: bool) -> Result<Vec<KeyId>, WriteError> {
+        let authority = self.issuing.authority();
+        let (fleet, root) = self.directory.read(|world| {
+            (world.fleet().unwrap_or_default().to_owned(), world.active_root().unwrap().clone())
+        });
+        let wanted = Wanted { root: with_root, key_type: None, now: self.clock.utc_now() };
+        let prepared = succession::prepare(authority, &root, &fleet, &self.publisher, wanted).unwrap();
+        let by = (Actor::LocalRoot, OperationId(mesh_runtime::random_bytes()), false);
+        let started = prepared.announce(authority, &self.writer, by).await;
+        self.follow_authorities();
+        started
+    }
+
+    /// One step on, or back, of the rotation under way.
+    pub(crate) async fn step_rotation(&self, command: fn(u64) -> Command) -> Result<Committed, WriteError> {
+        let version = self.directory.read(mesh_core::World::bundle_version);
+        let operation = OperationId(mesh_runtime::random_bytes());
+        let stepped = self
+            .writer
+            .submit(Request { actor: Actor::LocalRoot, operation, command: command(version) })
+            .await;
+        self.follow_authorities();
+        stepped
+    }
+
+    pub(crate) fn active_issuer(&self) -> KeyId {
+        self.issuing.authority().issuer_key_id(crate::authority::CaRole::Issuing)
+    }
+
+    /// Takes up what World says of authorities, as the controller does after each record.
+    pub(crate) fn follow_authorities(&self) {
+        if let Some(known) = self.issuing.authority().news(&self.directory) {
+            self.issuing.authority().discard_ended(&known);
+        }
     }
 
     /// One day in which every node renews once, spread over it.

@@ -23,6 +23,7 @@ use crate::parts::Parts;
 use crate::publish::Publisher;
 use crate::status::Problem;
 use crate::tls::every_root;
+use crate::writer::{WriteError, Writer};
 
 /// How often acknowledgements and conditions are looked at when nothing else happens, and the pause after each look.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -36,6 +37,29 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
+    /// Takes the keys into use and records the announcement. If that is refused, the keys were never drawn.
+    pub(crate) async fn announce(
+        self,
+        authority: &Authority,
+        writer: &Writer,
+        (actor, operation, auto): (Actor, OperationId, bool),
+    ) -> Result<Vec<KeyId>, WriteError> {
+        let command = self.command(auto);
+        let ids: Vec<KeyId> =
+            self.root.iter().chain([&self.issuing]).map(|s| core_key_id(&s.issuer)).collect();
+        self.root.into_iter().chain([self.issuing]).for_each(|signer| authority.add(signer));
+        // Commit point.
+        if let Err(error) = writer.submit(Request { actor, operation, command }).await {
+            for key_id in &ids {
+                if let Err(error) = authority.forget_drawn(key_id) {
+                    tracing::warn!(%error, "a key that is of no use stays on disk");
+                }
+            }
+            return Err(error);
+        }
+        Ok(ids)
+    }
+
     fn command(&self, auto: bool) -> Command {
         let record = |signer: &Signer, is_root| CaRecord {
             key_id: core_key_id(&signer.issuer),
@@ -334,21 +358,8 @@ impl Parts {
                 self.issuing.on_pool(work).await?
             }
         };
-        let command = prepared.command(request.auto);
-        let ids: Vec<KeyId> =
-            prepared.root.iter().chain([&prepared.issuing]).map(|s| core_key_id(&s.issuer)).collect();
-        let authority = self.issuing.authority();
-        prepared.root.into_iter().chain([prepared.issuing]).for_each(|signer| authority.add(signer));
-        // Commit point.
-        let committed = self.writer.submit(Request { actor, operation, command }).await;
-        if let Err(error) = committed {
-            for key_id in &ids {
-                if let Err(error) = authority.forget_drawn(key_id) {
-                    tracing::warn!(%error, "a key that is of no use stays on disk");
-                }
-            }
-            return Err(error.into());
-        }
+        let by = (actor, operation, request.auto);
+        let ids = prepared.announce(self.issuing.authority(), &self.writer, by).await?;
         self.follow_authorities().await;
         self.forget_pending();
         tracing::info!(to = ?ids, "rotation started");

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_ca::Crl;
-use mesh_core::{CertificateRecord, KeyId, Serial, UtcTime};
+use mesh_core::{CertificateRecord, Command, Serial, UtcTime};
 use mesh_runtime::Clock as _;
 use proptest::prelude::*;
 
-use crate::authority::CaRole;
-use crate::identity::issuer_ders;
+use super::{PublishedCrl, ShardId};
 use crate::rig::{DAY, HOUR, Rig, VirtualClock, init};
 
 /// Shorter than the certificates live, so that some end, leave the CRL, and leave the store.
@@ -26,6 +25,15 @@ enum Step {
     Revoke(prop::sample::Index),
     /// Hours pass, CRLs age, what ended long ago is thrown away.
     Pass(u64),
+    /// A new issuing CA, below a new root or the same one.
+    Rotate {
+        root: bool,
+    },
+    /// The rotation's next step, if nothing holds it up.
+    Advance,
+    Abort,
+    /// Every live certificate of an issuer that goes is revoked: then nothing holds up the rotation.
+    RevokeLeaving,
     Restart,
     /// The same after a loss of everything that can be made again.
     RestartBare,
@@ -33,13 +41,25 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        4 => (0..LIVES.len()).prop_map(Step::Issue),
-        4 => any::<prop::sample::Index>().prop_map(Step::Revoke),
-        4 => (1u64..90).prop_map(Step::Pass),
+        6 => (0..LIVES.len()).prop_map(Step::Issue),
+        5 => any::<prop::sample::Index>().prop_map(Step::Revoke),
+        5 => (1u64..90).prop_map(Step::Pass),
+        2 => any::<bool>().prop_map(|root| Step::Rotate { root }),
+        5 => Just(Step::Advance),
+        1 => Just(Step::Abort),
+        2 => Just(Step::RevokeLeaving),
         1 => Just(Step::Restart),
         1 => Just(Step::RestartBare),
     ];
-    prop::collection::vec(step, 1..28)
+    prop::collection::vec(step, 1..40)
+}
+
+/// thisUpdate of a list and of the one before it, by number.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    number: u64,
+    this_update: UtcTime,
+    before: Option<UtcTime>,
 }
 
 /// What the journal said, kept beside it: records go, this stays.
@@ -47,37 +67,30 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 struct Model {
     issued: Vec<CertificateRecord>,
     revoked: BTreeSet<Serial>,
-    /// thisUpdate of each list and of the one before it, by number.
-    lists: BTreeMap<u16, (u64, UtcTime, Option<UtcTime>)>,
+    lists: BTreeMap<ShardId, Seen>,
+    /// Rotations that ran to their end.
+    ended: usize,
 }
 
 impl Model {
     /// Takes up the lists as they are now, then compares each with what it must say.
     fn check(&mut self, rig: &Rig) -> Result<(), TestCaseError> {
-        let issuer = rig.issuing.authority().issuer_key_id(CaRole::Issuing);
-        let ca = rig.directory.read(|world| issuer_ders(world, Some(&issuer))).swap_remove(0);
         let mut union = BTreeSet::new();
-        for crl in rig.publisher.published().into_iter().filter(|crl| crl.issuer == issuer) {
+        // Also those of issuers that nobody trusts any more: served to whoever holds an old certificate.
+        let shards = rig.publisher.shards(None);
+        for (issuer, shard) in &shards {
+            let crl = rig.publisher.one(issuer, *shard);
+            let Some(crl) = crl else {
+                return Err(TestCaseError::fail(format!("no list of shard {shard} of {issuer}")));
+            };
+            let ca = rig.directory.read(|world| world.authority(issuer).unwrap().der.clone());
             let parsed = Crl::parse_verified(&crl.der, &ca).expect("a CRL of ours");
             prop_assert_eq!(parsed.number(), crl.number);
-            let last = self.lists.get(&crl.shard).copied();
-            match last {
-                Some((number, ..)) if number == crl.number => {}
-                Some((number, this_update, _)) => {
-                    prop_assert!(number < crl.number, "shard {}: {} after {}", crl.shard, crl.number, number);
-                    // A list between the two was never seen here; it can only have been like one of both.
-                    let before = (crl.number == number + 1).then_some(this_update);
-                    self.lists.insert(crl.shard, (crl.number, crl.this_update, before));
-                }
-                None => {
-                    self.lists.insert(crl.shard, (crl.number, crl.this_update, None));
-                }
-            }
-            let before = self.lists[&crl.shard].2;
+            let seen = self.see(&crl)?;
             let listed: BTreeSet<Serial> =
                 parsed.entries().map(|entry| Serial(*entry.serial.as_bytes())).collect();
             prop_assert_eq!(listed.len(), parsed.len());
-            self.check_list(&issuer, crl.shard, (&listed, crl.this_update, before))?;
+            self.check_list((issuer, *shard), &listed, seen)?;
             union.extend(listed);
         }
         // Together: every revocation of what has not ended, and no certificate that was not revoked.
@@ -87,17 +100,34 @@ impl Model {
             prop_assert!(union.contains(&certificate.serial), "{} is on no list", certificate.serial);
         }
         prop_assert!(union.is_subset(&self.revoked), "a list says more than the journal");
-        Ok(())
+        self.check_gone(rig, &shards)
+    }
+
+    /// Notes a list. Numbers of a shard only rise.
+    fn see(&mut self, crl: &PublishedCrl) -> Result<Seen, TestCaseError> {
+        let place = (crl.issuer.clone(), crl.shard);
+        let before = match self.lists.get(&place) {
+            Some(last) if last.number == crl.number => return Ok(*last),
+            Some(last) => {
+                prop_assert!(last.number < crl.number, "{:?}: {} after {}", place, crl.number, last.number);
+                // A list between the two was never seen here; it can only have been like one of both.
+                (crl.number == last.number + 1).then_some(last.this_update)
+            }
+            None => None,
+        };
+        let seen = Seen { number: crl.number, this_update: crl.this_update, before };
+        self.lists.insert(place, seen);
+        Ok(seen)
     }
 
     /// A revoked certificate stands on its shard's lists up to the first one made after its end (RFC 5280 §3.3).
     fn check_list(
         &self,
-        issuer: &KeyId,
-        shard: u16,
-        (listed, this_update, before): (&BTreeSet<Serial>, UtcTime, Option<UtcTime>),
+        (issuer, shard): (&mesh_core::KeyId, u16),
+        listed: &BTreeSet<Serial>,
+        Seen { this_update, before, .. }: Seen,
     ) -> Result<(), TestCaseError> {
-        for certificate in self.issued.iter().filter(|c| c.issuer_key_id == *issuer && c.shard == shard) {
+        for certificate in self.issued_in(issuer, shard) {
             let is_listed = listed.contains(&certificate.serial);
             let revoked = self.revoked.contains(&certificate.serial);
             let first_after_its_end = before.is_some_and(|before| before < certificate.not_after);
@@ -109,14 +139,36 @@ impl Model {
             }
         }
         for serial in listed {
-            let own = self.issued.iter().find(|certificate| certificate.serial == *serial);
-            prop_assert!(own.is_some_and(|own| own.shard == shard), "{serial} is of another shard");
+            let own = self.issued_in(issuer, shard).any(|certificate| certificate.serial == *serial);
+            prop_assert!(own, "{serial} is of another shard, or of another issuer");
         }
+        Ok(())
+    }
+
+    fn issued_in(&self, issuer: &mesh_core::KeyId, shard: u16) -> impl Iterator<Item = &CertificateRecord> {
+        self.issued.iter().filter(move |c| c.issuer_key_id == *issuer && c.shard == shard)
+    }
+
+    /// A shard has no list any more only when all that was revoked in it stood on one that was made after its end; the
+    /// key of a CA without shards is gone.
+    fn check_gone(&self, rig: &Rig, shards: &[ShardId]) -> Result<(), TestCaseError> {
+        for place @ (issuer, shard) in self.lists.keys().filter(|place| !shards.contains(place)) {
+            let last = rig.directory.read(|world| world.crl(issuer, *shard).unwrap().this_update);
+            let mut revoked = self.issued_in(issuer, *shard).filter(|c| self.revoked.contains(&c.serial));
+            prop_assert!(revoked.all(|c| c.not_after <= last), "{:?} went before its last leaf", place);
+            let trusted = rig.directory.read(|world| world.is_trusted(issuer));
+            if !trusted && shards.iter().all(|(other, _)| other != issuer) {
+                prop_assert!(rig.issuing.authority().signer(issuer).is_none(), "{issuer} could still sign");
+            }
+        }
+        let keys = rig.issuing.authority().crl_issuers().len();
+        let files = std::fs::read_dir(rig.state.keys()).unwrap().count();
+        prop_assert!(files <= keys, "{files} keys on disk for {keys} CAs that sign");
         Ok(())
     }
 }
 
-async fn run(root: &Path, clock: &Arc<VirtualClock>, steps: Vec<Step>) -> Result<(), TestCaseError> {
+async fn run(root: &Path, clock: &Arc<VirtualClock>, steps: Vec<Step>) -> Result<Model, TestCaseError> {
     let mut rig = Rig::open(root, clock, RETENTION).await;
     let mut model = Model::default();
     for step in steps {
@@ -140,6 +192,26 @@ async fn run(root: &Path, clock: &Arc<VirtualClock>, steps: Vec<Step>) -> Result
                 rig.publisher.refresh().await.unwrap();
                 rig.keeper.sweep();
             }
+            Step::Rotate { root } => {
+                let running = rig.directory.read(|world| world.rotation().is_some());
+                prop_assert_eq!(rig.start_rotation(root).await.is_ok(), !running);
+            }
+            Step::Advance => {
+                let stepped = rig.step_rotation(|version| Command::AdvanceRotation { version }).await.is_ok();
+                model.ended += usize::from(stepped && rig.directory.read(|world| world.rotation().is_none()));
+            }
+            Step::Abort => {
+                let _ = rig.step_rotation(|version| Command::AbortRotation { version }).await;
+            }
+            Step::RevokeLeaving => {
+                let (now, active) = (UtcTime::from(clock.utc_now()), rig.active_issuer());
+                let leaving = |c: &&CertificateRecord| c.issuer_key_id != active && now < c.not_after;
+                for certificate in model.issued.iter().filter(leaving) {
+                    if rig.try_revoke(certificate.serial).await.is_ok() {
+                        model.revoked.insert(certificate.serial);
+                    }
+                }
+            }
             Step::Restart | Step::RestartBare => {
                 rig.close();
                 if matches!(step, Step::RestartBare) {
@@ -153,20 +225,46 @@ async fn run(root: &Path, clock: &Arc<VirtualClock>, steps: Vec<Step>) -> Result
             }
         }
         rig.publisher.refresh().await.unwrap();
+        rig.follow_authorities();
         model.check(&rig)?;
     }
     rig.close();
-    Ok(())
+    Ok(model)
+}
+
+fn run_alone(steps: Vec<Step>) -> Result<Model, TestCaseError> {
+    let (folder, clock) = (tempfile::tempdir().unwrap(), Arc::new(VirtualClock::default()));
+    let root = init(folder.path(), &clock);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    runtime.block_on(run(&root, &clock, steps))
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 60, ..ProptestConfig::default() })]
 
     #[test]
     fn the_lists_together_are_the_journals_revocations(steps in steps()) {
-        let (folder, clock) = (tempfile::tempdir().unwrap(), Arc::new(VirtualClock::default()));
-        let root = init(folder.path(), &clock);
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        runtime.block_on(run(&root, &clock, steps))?;
+        run_alone(steps)?;
     }
+}
+
+/// The road that random steps seldom take to its end: two rotations, one of them of the root, with revoked leaves of
+/// both old CAs, a rotation taken back, and years until the last of them is off its list.
+#[test]
+fn lists_of_dropped_issuers_stay_until_their_last_leaf_is_off() {
+    use Step::{Abort, Advance, Issue, Pass, Restart, RestartBare, RevokeLeaving, Rotate};
+    let rotation = |root| {
+        let begun = [Issue(3), Issue(1), Rotate { root }, Restart, Issue(0), Advance, Issue(2), Issue(3)];
+        let ended = [RestartBare, RevokeLeaving, Advance, Pass(30), Restart];
+        begun.into_iter().chain(ended)
+    };
+    let aborted =
+        [Issue(3), Rotate { root: true }, Advance, Issue(3), Abort, RevokeLeaving, Advance, Pass(1)];
+    let years = (0..60).map(|_| Pass(48));
+    let steps = rotation(false).chain(rotation(true)).chain(aborted).chain(years).collect();
+    let model = run_alone(steps).unwrap();
+    assert_eq!(model.ended, 3);
+    // Every CA that was dropped has gone, with its shards: 40 days after the last revocation.
+    let issuers: BTreeSet<_> = model.issued.iter().map(|certificate| &certificate.issuer_key_id).collect();
+    assert_eq!(issuers.len(), 4);
 }
