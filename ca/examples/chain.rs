@@ -3,12 +3,13 @@
 //! `cargo run -p mesh-ca --example chain -- DIR` makes a root, an issuing CA, a leaf of every profile and CRLs, all PEM:
 //!
 //! - `root.pem`, `issuing.pem`; `leaf-PROFILE.pem`, `leaf-long.pem` (its name does not fit a subject), `leaf-revoked.pem`
-//! - `root.crl.pem`, `issuing.crl.pem` (empty), `issuing-revoked.crl.pem` (lists `leaf-revoked.pem`)
+//! - `root.crl.pem`, `issuing.crl.pem` (empty), `issuing-revoked.crl.pem` (lists every leaf that is called revoked)
 //! - `kinds/ISSUER-LEAF/`: for CA keys P-256, P-384 and Ed25519 and every leaf key, a chain with pointers: `root.pem`,
 //!   `issuing.pem`, `good.pem`, `revoked.pem`, `responder.pem`, `good.p12` (password `judges`), `root.crl.pem`, `issuing.crl.pem` and, under
 //!   the name that `openssl ocsp` and `ocsptool` read, `good.ocsp.der` and `revoked.ocsp.der` for SHA-1 CertIDs
 //! - `short.pem`: a leaf without revocation (RFC 9608)
-//! - `profiles/USES-NAME-KEY.pem`: a leaf of each kind of custom profile, for every leaf key; USES is `server`, `client` or `both`
+//! - `profiles/USES-NAME-KEY.pem`: a leaf of each built-in profile and of each kind of custom profile, for every leaf key; USES is
+//!   `server`, `client` or `both`. Beside each stands another, `…-revoked.pem`, which `issuing-revoked.crl.pem` lists
 //! - `addressed/`: a leaf that names a CRL address, one of them revoked, and the CRL of that address
 
 #![allow(clippy::disallowed_methods)] // The library is pure; this program writes files.
@@ -132,9 +133,46 @@ fn kind(
     Ok(())
 }
 
-/// A leaf under custom profiles that between them use every word of a profile, for every type of key.
-fn custom(writer: &Writer, now: UtcDateTime) -> Result<(), Box<dyn Error>> {
-    fs::create_dir_all(writer.folder.join("profiles"))?;
+/// One key of each family.
+fn families() -> Result<Vec<(KeyFamily, LeafKey)>, Box<dyn Error>> {
+    let mut keys = Vec::new();
+    for family in KeyFamily::ALL {
+        let algorithm = KeyAlgorithm::GENERATED.into_iter().find(|known| KeyFamily::of(*known) == family);
+        keys.push((family, LeafKey::generate_for(algorithm.ok_or("no such key")?)?));
+    }
+    Ok(keys)
+}
+
+/// A leaf under every built-in profile, for every type of key, and one that is revoked; returns those.
+fn built_in(writer: &Writer, now: UtcDateTime) -> Result<Vec<SerialNumber>, Box<dyn Error>> {
+    let mut revoked = Vec::new();
+    for profile in Profile::ALL {
+        let uses = match profile {
+            Profile::Server => "server",
+            Profile::Client => "client",
+            _ => "both",
+        };
+        let mut template = template(profile, now)?;
+        // One name for all judges; an operator has none.
+        if profile != Profile::Operator {
+            template.dns = vec![DnsName::parse("shop.mesh.internal")?];
+        }
+        for (family, key) in families()? {
+            for suffix in ["", "-revoked"] {
+                let serial = SerialNumber::random(&mut rng);
+                let issued = issue_leaf(&writer.issuing, &writer.store, &key, &template, serial)?;
+                let name = format!("profiles/{uses}-{profile}-{}{suffix}.pem", family.name());
+                writer.write(&name, bundle::encode_certificates([&issued.der]))?;
+                revoked.extend((!suffix.is_empty()).then_some(serial));
+            }
+        }
+    }
+    Ok(revoked)
+}
+
+/// The same under custom profiles that between them use every word of a profile.
+fn custom(writer: &Writer, now: UtcDateTime) -> Result<Vec<SerialNumber>, Box<dyn Error>> {
+    let mut revoked = Vec::new();
     let domain = writer.issuing.domain();
     let (node, service) = (Label::parse("web-1")?, Label::parse("shop")?);
     let addresses = [[100, 64, 0, 1].into(), [0xfd00, 0, 0, 0, 0, 0, 0, 1].into()];
@@ -186,9 +224,7 @@ fn custom(writer: &Writer, now: UtcDateTime) -> Result<(), Box<dyn Error>> {
     let points = PublishingPoints::new(HttpUrl::parse("http://pki.mesh.internal")?, 1)?;
     for (uses, spec) in specs {
         let profile = spec.accept(domain, now, &mut rng)?;
-        for family in KeyFamily::ALL {
-            let algorithm = KeyAlgorithm::GENERATED.into_iter().find(|known| KeyFamily::of(*known) == family);
-            let key = LeafKey::generate_for(algorithm.ok_or("no such key")?)?;
+        for (family, key) in families()? {
             let request = SpecRequest {
                 owner: NameOwner { domain, node: &node, addresses: &addresses },
                 service: &service,
@@ -202,13 +238,16 @@ fn custom(writer: &Writer, now: UtcDateTime) -> Result<(), Box<dyn Error>> {
             let template =
                 profile.template(&request, Placement { issuer, points: Some(&points), shard: 0 })?;
             let csr = Csr::parse(&Csr::create(&key)?)?.verify()?;
-            let serial = SerialNumber::random(&mut rng);
-            let issued = issue_leaf(&writer.issuing, &writer.store, &csr, &template, serial)?;
-            let name = format!("profiles/{uses}-{}-{}.pem", profile.spec().name, family.name());
-            writer.write(&name, bundle::encode_certificates([&issued.der]))?;
+            for suffix in ["", "-revoked"] {
+                let serial = SerialNumber::random(&mut rng);
+                let issued = issue_leaf(&writer.issuing, &writer.store, &csr, &template, serial)?;
+                let name = format!("profiles/{uses}-{}-{}{suffix}.pem", profile.spec().name, family.name());
+                writer.write(&name, bundle::encode_certificates([&issued.der]))?;
+                revoked.extend((!suffix.is_empty()).then_some(serial));
+            }
         }
     }
-    Ok(())
+    Ok(revoked)
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -240,7 +279,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let short = LeafTemplate { no_rev_avail: true, ..template(Profile::Server, now)? };
     writer.leaf("short.pem", &short)?;
-    custom(&writer, now)?;
+    fs::create_dir_all(writer.folder.join("profiles"))?;
+    let mut all_revoked = built_in(&writer, now)?;
+    all_revoked.extend(custom(&writer, now)?);
     let long = DnsName::parse(&format!("{}.mesh.internal", "a".repeat(60)))?;
     writer.leaf("leaf-long.pem", &LeafTemplate { dns: vec![long], ..template(Profile::Server, now)? })?;
     let revoked = writer.leaf("leaf-revoked.pem", &template(Profile::Peer, now)?)?;
@@ -248,7 +289,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let issuing = &writer.issuing;
     writer.crl("issuing.crl.pem", issuing, &CrlPlan::new(1, now, CRL_LIFETIME, &[]))?;
     let entry = |serial, reason| RevokedEntry { serial, revoked_at: now, reason };
-    let entries = [entry(revoked, RevocationReason::KeyCompromise)];
+    all_revoked.push(revoked);
+    let entries: Vec<_> =
+        all_revoked.into_iter().map(|serial| entry(serial, RevocationReason::KeyCompromise)).collect();
     writer.crl("issuing-revoked.crl.pem", issuing, &CrlPlan::new(2, now, CRL_LIFETIME, &entries))?;
 
     let address = HttpUrl::parse(ADDRESS)?;

@@ -10,14 +10,14 @@ public class Judge {
         CertificateFactory factory = CertificateFactory.getInstance("X.509");
         for (String name : folders) {
             Path folder = Paths.get(name);
-            // Leaves of custom profiles: chain and CRLs stand above.
+            // Leaves of all profiles: chain and CRLs stand above.
             boolean profiles = folder.endsWith("profiles");
             Path leaves = folder;
             if (profiles) folder = folder.getParent();
             X509Certificate root = certificate(factory, folder.resolve("root.pem"));
             X509Certificate issuing = certificate(factory, folder.resolve("issuing.pem"));
             List<Object> crls = new ArrayList<>();
-            for (String file : List.of("root.crl.pem", "issuing.crl.pem"))
+            for (String file : List.of("root.crl.pem", profiles ? "issuing-revoked.crl.pem" : "issuing.crl.pem"))
                 try (InputStream in = Files.newInputStream(folder.resolve(file))) { crls.add(factory.generateCRL(in)); }
             List<String> files = new ArrayList<>(List.of("good", "revoked"));
             if (profiles)

@@ -40,11 +40,16 @@ func judge(folder, leaf string) error {
 			return err
 		}
 	}
+	return revocation(folder, "issuing.crl.pem", root, issuing, subject)
+}
+
+// Whether the root's list names the issuing CA, or the issuing CA's the leaf.
+func revocation(folder, list string, root, issuing, subject *x509.Certificate) error {
 	for _, pair := range []struct {
 		file   string
 		issuer *x509.Certificate
 		of     *x509.Certificate
-	}{{"root.crl.pem", root, issuing}, {"issuing.crl.pem", issuing, subject}} {
+	}{{"root.crl.pem", root, issuing}, {list, issuing, subject}} {
 		list, err := x509.ParseRevocationList(block(filepath.Join(folder, pair.file)))
 		if err != nil {
 			return err
@@ -61,16 +66,21 @@ func judge(folder, leaf string) error {
 	return nil
 }
 
-// A leaf of the folder `profiles`: good for the purposes its name begins with, and for no other.
+// A leaf of the folder `profiles`: good for the purposes its name begins with, and for no other, unless it is revoked.
 func judgeProfile(folder, file string) error {
 	above := filepath.Dir(folder)
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
-	roots.AddCert(certificate(filepath.Join(above, "root.pem")))
-	intermediates.AddCert(certificate(filepath.Join(above, "issuing.pem")))
+	root, issuing := certificate(filepath.Join(above, "root.pem")), certificate(filepath.Join(above, "issuing.pem"))
+	roots.AddCert(root)
+	intermediates.AddCert(issuing)
 	subject := certificate(filepath.Join(folder, file))
-	uses := strings.SplitN(file, "-", 2)[0]
+	parts := strings.SplitN(file, "-", 3)
+	uses, host := parts[0], "shop.mesh.internal"
+	if parts[1] == "operator" {
+		host = ""
+	}
 	for name, usage := range map[string]x509.ExtKeyUsage{"server": x509.ExtKeyUsageServerAuth, "client": x509.ExtKeyUsageClientAuth} {
-		options := x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: "shop.mesh.internal", KeyUsages: []x509.ExtKeyUsage{usage}}
+		options := x509.VerifyOptions{Roots: roots, Intermediates: intermediates, DNSName: host, KeyUsages: []x509.ExtKeyUsage{usage}}
 		_, err := subject.Verify(options)
 		may := uses == "both" || uses == name
 		if may && err != nil {
@@ -83,7 +93,7 @@ func judgeProfile(folder, file string) error {
 	if subject.IsCA || subject.KeyUsage != x509.KeyUsageDigitalSignature {
 		return errors.New("not a leaf that signs only")
 	}
-	return nil
+	return revocation(above, "issuing-revoked.crl.pem", root, issuing, subject)
 }
 
 func main() {
@@ -98,7 +108,7 @@ func main() {
 				if err := judgeProfile(folder, file.Name()); err != nil {
 					verdict = "refused " + err.Error()
 				}
-				fmt.Printf("%s\t%s\t%s\n", folder, file.Name(), verdict)
+				fmt.Printf("%s\t%s\t%s\n", folder, strings.TrimSuffix(file.Name(), ".pem"), verdict)
 			}
 			continue
 		}

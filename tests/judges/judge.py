@@ -29,9 +29,12 @@ LEAVES = {
     "leaf-operator.pem": ({SERVER, CLIENT}, None),
     "leaf-long.pem": ({SERVER}, "a" * 60 + ".mesh.internal"),
 }
-# Leaves of custom profiles: four profiles, four types of key.
-PROFILES = 16
+# Keys of servers that NSS takes, see `judge_nss`.
+NSS_SERVER_KEYS = ("ecdsa-p256", "ecdsa-p384")
+# Leaves of `profiles/`: six built-in profiles and four custom ones, four types of key, good and revoked.
+PROFILES = (6 + 4) * 4 * 2
 OPENSSL_PURPOSE = {SERVER: "sslserver", CLIENT: "sslclient"}
+NSS_USAGE = {SERVER: "1", CLIENT: "0"}
 GNUTLS_PURPOSE = {SERVER: "1.3.6.1.5.5.7.3.1", CLIENT: "1.3.6.1.5.5.7.3.2"}
 # pkilint takes every URI without a dotted host of a web scheme for wrong; SPIFFE IDs are what the SVID rules ask for.
 ACCEPTED = re.compile(r'^pkix\.invalid_uri_syntax: Invalid URI syntax: "spiffe://mesh\.internal/[a-z0-9/-]+"$')
@@ -167,19 +170,30 @@ def judge_chains():
 
 
 def judge_profiles():
-    """A leaf under each custom profile, for every type of key: good for what its kind says, and for that alone."""
-    crl = folder / "issuing.crl.pem"
+    """A leaf under each profile, for every type of key: good for what its kind says, and for that alone; none if revoked."""
+    crl = folder / "issuing-revoked.crl.pem"
     crls = joined("profile-crls.pem", crl, root_crl)
     leaves = sorted((folder / "profiles").iterdir())
-    expect("custom profiles, each with every type of key", len(leaves) == PROFILES, str(leaves))
+    expect("profiles, each with every type of key, good and revoked", len(leaves) == PROFILES, str(leaves))
+    nss = []
     for leaf in leaves:
-        uses = {"server": {SERVER}, "client": {CLIENT}, "both": {SERVER, CLIENT}}[leaf.name.split("-")[0]]
+        uses, profile, key = leaf.stem.split("-", 2)
+        live, what = not key.endswith("-revoked"), f"profiles/{leaf.name}"
         for use in (SERVER, CLIENT):
-            host, may = ("shop.mesh.internal" if use == SERVER else None), use in uses
-            openssl(f"profiles/{leaf.name} as {use}", leaf, crls, use, host, may)
-            gnutls(f"profiles/{leaf.name} as {use}", leaf, crls, use, host, may)
-            pyca(f"profiles/{leaf.name} as {use}", leaf, crl, use, host, may)
-        openssl(f"profiles/{leaf.name} under another name", leaf, crls, host="evil.mesh.internal", expected=False)
+            meant = uses in (use, "both")
+            if not (live or meant):
+                continue
+            may = live and meant
+            host = "shop.mesh.internal" if use == SERVER and profile != "operator" else None
+            openssl(f"{what} as {use}", leaf, crls, use, host, may)
+            gnutls(f"{what} as {use}", leaf, crls, use, host, may)
+            if use == CLIENT or host:
+                pyca(f"{what} as {use}", leaf, crl, use, host, may)
+            # See `judge_nss`: of servers NSS takes ECDSA keys only.
+            nss.append((leaf, NSS_USAGE[use], may and (use == CLIENT or key in NSS_SERVER_KEYS)))
+        if live and profile != "operator":
+            openssl(f"{what} under another name", leaf, crls, host="evil.mesh.internal", expected=False)
+    judge_nss("profiles", root, issuing, [(root_crl, True), (crl, True)], nss)
 
 
 def judge_changed():
@@ -219,9 +233,10 @@ def by_lines(judge, output):
     lines = [line.split("\t") for line in output.splitlines() if line.count("\t") == 2]
     for place, what, verdict in lines:
         kind = pathlib.Path(place).name
-        expect(f"{judge:8} {kind} {what}", verdict == "accepted", verdict, what != "revoked")
-        if what == "revoked" and "revoked" not in verdict.lower():
-            expect(f"{judge:8} {kind} revoked, and says so", False, verdict)
+        live = not what.endswith("revoked")
+        expect(f"{judge:8} {kind} {what}", verdict == "accepted", verdict, live)
+        if not live and "revoked" not in verdict.lower():
+            expect(f"{judge:8} {kind} {what}, and says so", False, verdict)
     return len(lines)
 
 
@@ -259,7 +274,7 @@ def judge_nss(name, root, issuing, crls, leaves):
 
 def judge_nss_kind(kind):
     known = not kind.name.startswith("ed25519")
-    server = known and kind.name.endswith(("ecdsa-p256", "ecdsa-p384"))
+    server = known and kind.name.endswith(NSS_SERVER_KEYS)
     leaves = [(kind / "good.pem", "1", server), (kind / "good.pem", "0", known)]
     crls = [(kind / "issuing.crl.pem", False)]
     judge_nss(kind.name, kind / "root.pem", kind / "issuing.pem", crls, leaves)
