@@ -8,6 +8,7 @@ mod ends;
 mod enrollment;
 mod hardware;
 mod host;
+mod inventory;
 mod judged;
 mod lifetime;
 mod mesh;

@@ -327,6 +327,10 @@ mod tests {
         }
 
         fn crl(&self, revoked: &[u8]) {
+            self.crl_until(revoked, OffsetDateTime::now_utc() + Duration::hours(1));
+        }
+
+        fn crl_until(&self, revoked: &[u8], next_update: OffsetDateTime) {
             let now = OffsetDateTime::now_utc();
             let entries = [RevokedCertParams {
                 serial_number: SerialNumber::from_slice(revoked),
@@ -336,7 +340,7 @@ mod tests {
             }];
             let params = CertificateRevocationListParams {
                 this_update: now - Duration::minutes(10),
-                next_update: now + Duration::hours(1),
+                next_update,
                 crl_number: SerialNumber::from(1),
                 issuing_distribution_point: None,
                 revoked_certs: entries.to_vec(),
@@ -380,11 +384,26 @@ mod tests {
         assert!(pki.verdict(path).unwrap().starts_with("it is not valid before"));
         let path = pki.leaf(soon());
         fs::write(pki.folder.path().join("ca.pem"), Pki::new().root.pem()).unwrap();
-        assert!(pki.verdict(path.clone()).is_some(), "another root");
+        assert!(pki.verdict(path.clone()).unwrap().starts_with("it does not lead to the root"));
         fs::write(pki.folder.path().join("ca.pem"), pki.root.pem()).unwrap();
         fs::write(pki.folder.path().join("key.pem"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert_eq!(pki.verdict(path).as_deref(), Some("key.pem beside it is the key of another certificate"));
         assert!(pki.verdict(pki.folder.path().join("ca.pem")).is_some(), "a CA is no leaf");
+    }
+
+    #[test]
+    fn a_list_that_ended_or_says_nothing_is_named() {
+        let pki = Pki::new();
+        let path = pki.leaf(soon());
+        pki.crl_until(&[8; 16], OffsetDateTime::now_utc() - Duration::minutes(1));
+        assert!(pki.verdict(path.clone()).unwrap().starts_with("crl.pem ended at 20"));
+        let other = Pki::new();
+        other.crl(&[8; 16]);
+        fs::copy(other.folder.path().join("crl.pem"), pki.folder.path().join("crl.pem")).unwrap();
+        assert_eq!(
+            pki.verdict(path).as_deref(),
+            Some("crl.pem says nothing about a certificate of its chain")
+        );
     }
 
     #[test]

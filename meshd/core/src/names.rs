@@ -333,6 +333,47 @@ mod tests {
         assert!(DnsName::try_from("x.".repeat(127) + "a").is_err(), "255 characters");
     }
 
+    /// What could be read as a pattern, a list, a path or another word is no tag, and nothing that is called by people.
+    #[test]
+    fn tags_operators_and_profiles_are_plain_words() {
+        assert_eq!(Tag::try_from("WEB-2").unwrap().as_str(), "web-2");
+        assert!(Tag::try_from("x".repeat(32)).is_ok() && Tag::try_from("x".repeat(33)).is_err());
+        assert!(OperatorName::try_from("anna.b_c-1").is_ok() && ProfileName::try_from("database").is_ok());
+        let foreign = [
+            "",
+            "*",
+            "web*",
+            ",",
+            "web,db",
+            "web db",
+            " web",
+            "web\n",
+            "a\0b",
+            "a/b",
+            "..",
+            "tag:web",
+            "!web",
+            "wеb",
+            "ｗeb",
+            "web\u{200b}",
+            "é",
+            "web;db",
+            "\"web\"",
+            "web=db",
+        ];
+        for bad in foreign {
+            assert!(Tag::try_from(bad).is_err(), "tag {bad:?}");
+            assert!(OperatorName::try_from(bad).is_err(), "operator {bad:?}");
+            assert!(ProfileName::try_from(bad).is_err(), "profile {bad:?}");
+        }
+        for bad in ["node", "SERVER", "ocsp", "controller", "-a", "a_b", &"x".repeat(33)] {
+            assert!(ProfileName::try_from(bad).is_err(), "profile {bad:?}");
+        }
+        for bad in [".a", "-a", "_a", &"x".repeat(65)] {
+            assert!(OperatorName::try_from(bad).is_err(), "operator {bad:?}");
+        }
+    }
+
     #[test]
     fn a_name_belongs_to_the_label_under_the_domain() {
         let domain = DnsName::try_from("mesh.internal").unwrap();

@@ -1,6 +1,7 @@
 //! The controller over loopback: real TLS, real gRPC, real journal, one process.
 
 mod agreement;
+mod clocks;
 mod documented;
 mod enrollment;
 mod harness;
