@@ -163,14 +163,13 @@ impl Worker {
             match step {
                 None | Some(KeyStep::Replace) => self.forget_peer(id, keys),
                 Some(KeyStep::Remove(key)) => {
-                    tracing::info!(key = %PublicKey(key), "a peer's other WireGuard key is gone");
-                    self.forget_key(key);
+                    self.forget_other_key(key);
                     self.keys.insert(id, PeerKeys::of(keys.in_use));
                 }
                 Some(KeyStep::Finish(newer)) => {
                     match self.tunnel.hand_over(&PublicKey(keys.in_use), &PublicKey(newer)) {
                         Ok(()) => {
-                            self.forget_key(keys.in_use);
+                            self.forget_other_key(keys.in_use);
                             self.keys.insert(id, PeerKeys::of(newer));
                         }
                         // Let in anew, with its addresses, a moment later.
@@ -192,6 +191,11 @@ impl Worker {
         if let Some(peer) = self.current.remove(&id) {
             tracing::info!(peer = peer.leaf.name, "peer cut off");
         }
+    }
+
+    fn forget_other_key(&mut self, key: [u8; 32]) {
+        tracing::info!(key = %PublicKey(key), "a peer's other WireGuard key is gone");
+        self.forget_key(key);
     }
 
     fn forget_key(&mut self, key: [u8; 32]) {
