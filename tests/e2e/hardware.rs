@@ -40,7 +40,8 @@ impl Hsm {
     fn can_draw(&self, able: bool) {
         let mut text = format!("directories.tokendir = {}\n", self.folder.join("tokens").display());
         if !able {
-            text += "slots.mechanisms = -CKM_EC_KEY_PAIR_GEN\n";
+            // What it has, not what it lacks: SoftHSM 2.6.1 reads a list of one exclusion as none.
+            text += "slots.mechanisms = CKM_ECDSA,CKM_SHA256\n";
         }
         std::fs::write(&self.config, text).unwrap();
     }

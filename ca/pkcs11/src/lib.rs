@@ -15,7 +15,7 @@ use std::sync::Mutex;
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
-use cryptoki::mechanism::Mechanism;
+use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
@@ -53,7 +53,7 @@ pub enum TokenError {
     Unsupported {
         algorithm: KeyAlgorithm,
         #[source]
-        source: Error,
+        source: Option<Error>,
     },
     #[error("key {0} is not an ECDSA P-256, P-384 or RSA key")]
     KeyType(KeyId),
@@ -132,6 +132,10 @@ impl TokenKeyStore {
             other => return Err(TokenError::Generate(other)),
         };
         let (library, slot, _) = connect(module, token_label)?;
+        // Asked first: a module need not refuse by itself what its list lacks.
+        if !library.get_mechanism_list(slot)?.contains(&MechanismType::ECC_KEY_PAIR_GEN) {
+            return Err(TokenError::Unsupported { algorithm, source: None });
+        }
         let session = library.open_rw_session(slot)?;
         login(&session, pin)?;
         let label = Attribute::Label(key_id.as_str().as_bytes().to_vec());
@@ -159,7 +163,7 @@ impl TokenKeyStore {
         let drawn = session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private);
         drawn.map_err(|error| match error {
             Error::Pkcs11(refused, _) if is_lack(refused) => {
-                TokenError::Unsupported { algorithm, source: error }
+                TokenError::Unsupported { algorithm, source: Some(error) }
             }
             other => other.into(),
         })?;
