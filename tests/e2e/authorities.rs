@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use mesh_tests::{Fleet, fleet_test};
 
+use crate::documented;
 use crate::services::Service;
+
+const PAGE: &str = include_str!("../../docs/ca.md");
 
 fn rotation(fleet: &Fleet) -> serde_json::Value {
     fleet.controller(&["ca", "rotate", "status", "-o", "json"]).ok().json()
@@ -91,14 +94,16 @@ fn sign_offline(fleet: &mut Fleet) -> String {
     std::fs::write(&pass, "correct horse battery\n").unwrap();
     std::fs::write(&wrong, "wrong horse battery\n").unwrap();
     let seal = ["ca", "seal", "--yes", "--out", &root, "--passphrase-file", &pass];
-    fleet.controller(&seal).ok();
+    let said = fleet.controller(&seal).ok().stdout;
+    documented::shown(PAGE, "meshctl ca seal", &[], &said);
     let file = std::fs::read_to_string(&root).unwrap();
     assert!(file.contains("MESH SEALED KEY") && !file.contains("BEGIN PRIVATE KEY"));
     fleet.controller(&seal).refused("E0902", 2);
     let show = fleet.controller(&["ca", "show", "-o", "json"]).ok().json();
     assert_eq!(show["roots"][0]["keyOffline"], true);
     fleet.controller(&["ca", "rotate", "start", "--root"]).refused("E0563", 7);
-    fleet.controller(&["ca", "rotate", "start", "--request-out", &request]).ok();
+    let said = fleet.controller(&["ca", "rotate", "start", "--request-out", &request]).ok().stdout;
+    documented::shown(PAGE, "meshctl ca rotate start --request-out", &[], &said);
 
     let sign = |pass: &str, request: &str| {
         let files = ["--root", &root, "--passphrase-file", pass, "--request", request, "--out", &answer];
@@ -107,7 +112,7 @@ fn sign_offline(fleet: &mut Fleet) -> String {
     sign(&wrong, &request).refused("E0115", 4);
     sign(&pass, &root).refused("E0566", 7);
     assert!(!Path::new(&answer).exists(), "nothing was signed");
-    sign(&pass, &request).ok();
+    documented::shown(PAGE, "meshctl ca sign-issuer", &[], &sign(&pass, &request).ok().stdout);
     answer
 }
 

@@ -4,6 +4,7 @@ mod authorities;
 mod bad_input;
 mod crash;
 mod demo;
+mod documented;
 mod ends;
 mod enrollment;
 mod hardware;

@@ -7,7 +7,10 @@ use std::{
 
 use mesh_tests::{Fleet, Ran, fleet_test, run};
 
-use crate::ends::{Haproxy, Postgres};
+use crate::{
+    documented,
+    ends::{Haproxy, Postgres},
+};
 
 const POLICY: &str = r#"
 [[allow]]
@@ -188,6 +191,8 @@ fn nginx_haproxy_and_postgres_serve_mtls_and_refuse_who_is_revoked() {
         assert_eq!(ran.stdout, "200", "{ran}");
 
         a_profile_of_the_policy_is_kept_until_the_policy_ends_it(&mut service.fleet);
+        profiles_are_explained_as_documented(&mut service.fleet);
+        apply_policy(&service.fleet, POLICY);
 
         // Two more ends, each with a certificate, without, and later with a revoked one.
         let haproxy = Haproxy::start(&mut service.fleet);
@@ -217,6 +222,18 @@ fn nginx_haproxy_and_postgres_serve_mtls_and_refuse_who_is_revoked() {
             });
         }
     });
+}
+
+/// The page's own policy, asked the page's own question.
+fn profiles_are_explained_as_documented(fleet: &mut Fleet) {
+    let page = include_str!("../../docs/profiles.md");
+    let profile = page.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    fleet.controller(&["node", "tag", "alpha", "+db"]).ok();
+    apply_policy(fleet, &format!("{POLICY}{profile}"));
+    let ask = ["cert", "issue", "--dry-run", "--explain", "db.mesh.internal", "x.mesh.internal"];
+    let said =
+        fleet.controller(&[&ask[..], &["--profile", "database", "--node", "alpha"]].concat()).exits(4).stdout;
+    documented::shown(page, "meshctl cert issue --dry-run", &[("db-1", "alpha")], &said);
 }
 
 /// A custom profile on a node: asked about, issued with a key of its own, renewed, and refused once the policy is another.

@@ -18,7 +18,7 @@ use crate::{
     app::{App, client, operation_id},
     context,
     error::{Exit, Failure, Result},
-    text::{fingerprint, now},
+    text::{date, fingerprint, now},
 };
 
 const PASSPHRASE_BYTES_MAX: u64 = 4096;
@@ -172,7 +172,8 @@ impl SignIssuer {
             ),
             format!(
                 "issuing CA until {}, root CRL #{} for a year",
-                signed.certificate.not_after, request.crl_number
+                date(signed.certificate.not_after.unix_timestamp()),
+                request.crl_number
             ),
             format!("next: on the controller, meshctl ca rotate start --response {name}"),
         ];
