@@ -76,7 +76,12 @@ fn lines(report: &pb::DoctorReport, all: bool) -> Vec<String> {
         );
     }
     if report.findings.is_empty() {
-        lines.push(format!("all {} passed", count(report.checks as usize, "check")));
+        let checks = count(report.checks as usize, "check");
+        lines.push(if report.checks == 1 {
+            format!("{checks} passed")
+        } else {
+            format!("all {checks} passed")
+        });
     }
     lines.extend(next_steps(&report.findings));
     lines
@@ -132,5 +137,7 @@ mod tests {
         ");
         let fine = pb::DoctorReport { checks: 9, ..pb::DoctorReport::default() };
         assert_eq!(lines(&fine, false), ["all 9 checks passed"]);
+        let one = pb::DoctorReport { checks: 1, ..pb::DoctorReport::default() };
+        assert_eq!(lines(&one, false), ["1 check passed"]);
     }
 }

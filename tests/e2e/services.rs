@@ -310,6 +310,14 @@ fn other_forms_follow_the_pair(fleet: &Fleet) {
     fleet.meshctl("alpha", &["cert", "renew", name]).ok();
     assert_ne!(read("cert.pem"), before);
     judge("changeit 2");
+
+    // By its name the controller shows the newer one, and that there is another.
+    let shown = fleet.controller(&["cert", "show", name, "-o", "json"]).ok();
+    let leaf = shown.json()["pem"].as_str().unwrap().to_owned();
+    assert!(read("cert.pem").starts_with(leaf.trim_end()), "{shown}");
+    let shown = fleet.controller(&["cert", "show", name]).ok();
+    assert!(shown.stdout.contains(name) && shown.stderr.contains("1 more certificate"), "{shown}");
+    fleet.controller(&["cert", "show", "nobody.mesh.internal"]).refused("E0520", 6);
 }
 
 #[test]

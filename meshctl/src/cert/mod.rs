@@ -8,7 +8,10 @@ mod issue;
 mod lint;
 mod listing;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use mesh_proto::v1::{
     self as pb, ErrorCode, certificates_client::CertificatesClient, local_client::LocalClient,
@@ -19,6 +22,7 @@ use crate::{
     app::{App, Wait, Watch, client, operation_id},
     client::{CONTROLLER, Role},
     error::{Exit, Failure, Result},
+    output::count,
     revocation,
     text::{Span, left, now, safe},
 };
@@ -27,6 +31,8 @@ pub(crate) use file::{Facts, certificates as read_certificates};
 pub(crate) use listing::{document, pair_document};
 
 const SERIAL_BYTES: usize = 16;
+/// How files of certificates end: what ends so is no name.
+const FILE_ENDINGS: [&str; 4] = ["pem", "der", "crt", "cer"];
 const KEY_HASH_PREFIX: &str = "sha256:";
 
 #[derive(Debug, clap::Subcommand)]
@@ -80,8 +86,8 @@ enum State {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Show {
-    /// A serial number, or a PEM or DER file
-    #[arg(value_name = "SERIAL|FILE")]
+    /// A serial number, a name (its newest certificate), or a PEM or DER file
+    #[arg(value_name = "SERIAL|NAME|FILE")]
     which: String,
 }
 
@@ -186,13 +192,9 @@ impl Show {
         if path.is_file() {
             return inspect::show_file(app, &path);
         }
-        let Some(serial) = parse_serial(&self.which) else {
-            return Err(Failure::new(
-                ErrorCode::CertificateNotFound,
-                format!("{} is neither a file nor a serial number", self.which),
-            )
-            .why("a serial number has 32 hexadecimal digits")
-            .next("take it from `meshctl cert ls -o wide`"));
+        let serial = match parse_serial(&self.which) {
+            Some(serial) => serial,
+            None => newest(app, &self.which).await?,
         };
         let request = pb::GetCertificateRequest { serial: serial.into() };
         let certificate =
@@ -208,6 +210,31 @@ impl Show {
         }
         Ok(Exit::Done)
     }
+}
+
+/// Serial number of the newest certificate of a name: of the live ones, or else of all.
+async fn newest(app: &App, name: &str) -> Result<Vec<u8>> {
+    let missing = |what: String| Failure::new(ErrorCode::CertificateNotFound, what);
+    let path = Path::new(name);
+    if path.components().count() > 1
+        || path.extension().is_some_and(|end| FILE_ENDINGS.iter().any(|of| end == *of))
+    {
+        return Err(missing(format!("there is no file {name}")).next("check the path"));
+    }
+    let asked = List { name: Some(name.to_owned()), all: true, ..List::default() };
+    let all = asked.all_pages(app).await?;
+    let newest = all
+        .iter()
+        .max_by_key(|one| (one.revoked_at == 0, one.not_before, one.not_after))
+        .ok_or_else(|| {
+            missing(format!("no certificate was issued for {name}"))
+                .next("`meshctl cert ls --all` shows all of them")
+        })?;
+    if all.len() > 1 {
+        let rest = count(all.len() - 1, "more certificate");
+        app.out.note(&format!("{rest} of this name: meshctl cert ls --all --name {name}"));
+    }
+    Ok(newest.serial.to_vec())
 }
 
 impl Renew {
