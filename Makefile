@@ -67,10 +67,10 @@ bench-retention:
 
 # OCSP responses a second, client included; and the time of one revocation at 10^2, 10^4 and 10^6 revoked.
 bench-ocsp:
-	cargo test --release -p mesh-controller --test controller -- ocsp::rate --ignored --nocapture
+	cargo test --locked --release -p mesh-controller --test controller -- ocsp::rate --ignored --nocapture
 
 bench-revocation:
-	cargo test --release -p mesh-controller --lib -- revocation_is_flat --ignored --nocapture
+	cargo test --locked --release -p mesh-controller --lib -- revocation_is_flat --ignored --nocapture
 
 # Ten minutes against wireguard-go with a request each 3 s, with either side beginning: none may stay unanswered.
 soak: deps-test
