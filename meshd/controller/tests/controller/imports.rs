@@ -169,6 +169,52 @@ async fn a_root_of_openssl_of_every_key_type_signs_a_fleet_that_openssl_accepts(
     }
 }
 
+/// What people have of a CA: certificate and key in one file or two, PEM of every age, or PKCS #12.
+#[tokio::test(flavor = "multi_thread")]
+async fn root_and_intermediate_come_in_every_form_of_file() {
+    let foreign = Foreign::new();
+    foreign.root("-algorithm EC -pkeyopt ec_paramgen_curve:P-256", "/O=Example/CN=Example~Root", "root");
+    foreign.issuing();
+    foreign.crl();
+    for (name, chain) in [("root", ""), ("issuing", "-certfile root.pem")] {
+        foreign.openssl(&format!("ec -in {name}.key -out {name}.sec1.key"));
+        foreign.openssl(&format!("pkcs8 -topk8 -in {name}.key -out {name}.sealed.key -passout pass:s3cret"));
+        foreign.openssl(&format!(
+            "pkcs12 -export -in {name}.pem -inkey {name}.key {chain} -passout pass:s3cret -out {name}.p12"
+        ));
+        let both = fs::read_to_string(foreign.path(&format!("{name}.key"))).unwrap()
+            + &fs::read_to_string(foreign.path(&format!("{name}.pem"))).unwrap();
+        fs::write(foreign.path(&format!("{name}.all.pem")), both).unwrap();
+    }
+    for (kind, name) in [(ImportKind::Root, "root"), (ImportKind::Issuer, "issuing")] {
+        let forms: [(&[&str], Option<&str>); 5] = [
+            (&[".pem", ".key"], None),
+            (&[".pem", ".sec1.key"], None),
+            (&[".all.pem"], None),
+            (&[".pem", ".sealed.key"], Some("s3cret")),
+            (&[".p12"], Some("s3cret")),
+        ];
+        for (endings, secret) in forms {
+            let mut files: Vec<String> = endings.iter().map(|ending| format!("{name}{ending}")).collect();
+            // The root's certificate comes along with an intermediate, unless it is in the file already.
+            if kind == ImportKind::Issuer && endings != [".p12"] {
+                files.push("root.pem".into());
+            }
+            let files: Vec<&str> = files.iter().map(String::as_str).collect();
+            let crl = (kind == ImportKind::Issuer).then(|| foreign.path("root.crl"));
+            let import =
+                ImportConfig { crl, passphrase: secret.and_then(passphrase), ..foreign.import(kind, &files) };
+            let mesh = Mesh::empty();
+            init(&mesh, import).unwrap_or_else(|error| panic!("{files:?}: {error}: {}", error.why()));
+            let running = mesh.start().await;
+            let root = encode_certificates([&running.root]);
+            assert_eq!(root, fs::read_to_string(foreign.path("root.pem")).unwrap(), "{files:?}");
+            judge(&running, foreign.0.path()).await;
+            running.stop().await.unwrap();
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_issuing_ca_of_openssl_works_below_a_root_that_stays_away() {
     let (foreign, mesh) = (Foreign::new(), Mesh::empty());
