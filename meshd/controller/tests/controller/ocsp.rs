@@ -246,6 +246,48 @@ async fn get_and_post_say_the_same_and_caches_are_told_how_long() {
     running.stop().await.unwrap();
 }
 
+/// Each nonce costs a signature, and no more are made at a time than the controller can spare: whoever comes meanwhile
+/// gets the answer that is there, without the nonce (RFC 9654 §2.1), and nobody waits or gets a wrong one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_nonces_is_answered_with_what_there_is() {
+    const CALLERS: usize = 48;
+    let mesh = Mesh::init();
+    let running = start(&mesh).await;
+    let alpha = running.enroll("alpha").await;
+    let files = Files::new(&alpha, mesh.web()[0]);
+    let serial = serial(&alpha.identity);
+    let issuer = alpha.enrolled.issuers[0].clone();
+    let post = |length: usize| {
+        format!(
+            "POST /ocsp HTTP/1.1\r\ncontent-type: application/ocsp-request\r\ncontent-length: {length}\r\n"
+        )
+    };
+    // The answer that is there.
+    let plain = request(&files, &serial, false).await;
+    exchange(files.address, &post(plain.len()), &plain).await;
+    let nonced = request(&files, &serial, true).await;
+    // OpenSSL's nonce stands at the end of its request: 16 octets, another for each caller.
+    let mut callers = tokio::task::JoinSet::new();
+    for number in 0..CALLERS {
+        let (mut body, head, address) = (nonced.clone(), post(nonced.len()), files.address);
+        let at = body.len() - 1;
+        body[at] ^= u8::try_from(number).unwrap();
+        callers.spawn(async move { (body[at - 15..].to_vec(), exchange(address, &head, &body).await) });
+    }
+    let mut echoed = 0;
+    for (nonce, (head, answer)) in callers.join_all().await {
+        assert!(head.starts_with("http/1.1 200") && head.contains("no-store"), "{head}");
+        let parsed = parse_ocsp_response(&answer, &issuer, time::UtcDateTime::now()).unwrap();
+        assert_eq!(parsed.status, OcspStatus::Good);
+        if let Some(theirs) = parsed.nonce {
+            assert_eq!(theirs, nonce, "the nonce of somebody else");
+            echoed += 1;
+        }
+    }
+    assert!(echoed > 0, "none of {CALLERS} was signed for");
+    running.stop().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_gets_what_its_services_staple() {
     let mesh = Mesh::init();
