@@ -264,3 +264,42 @@ async fn a_single_use_token_lets_one_of_64_in() {
     assert_eq!(distinct(|node| hex::encode(&node.serial)), 50);
     running.stop().await.unwrap();
 }
+
+/// The controller gives every node a moment of its own to renew at, so that a fleet enrolled in one go does not renew so;
+/// asked again, it says the same, and after a renewal the same moment of the next period.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_node_is_told_a_renewal_slot_of_its_own() {
+    const NODES: i64 = 12;
+    let mesh = Mesh::init();
+    let running = mesh.start().await;
+    let mut slots = Vec::new();
+    let mut last = None;
+    for number in 0..NODES {
+        let node = running.enroll(&format!("n{number}")).await;
+        let age = node.enrolled.renew_at - node.enrolled.controller_time;
+        // A period of 24 h, and never at once.
+        assert!((3_600..=25 * 3_600).contains(&age), "{age}");
+        slots.push(node.enrolled.renew_at.rem_euclid(86_400));
+        last = Some(node);
+    }
+    slots.sort_unstable();
+    let gaps = slots.windows(2).map(|two| two[1] - two[0]);
+    let smallest = gaps.chain([slots[0] + 86_400 - slots[slots.len() - 1]]).min().unwrap();
+    assert!(smallest > 86_400 / NODES / 3, "{smallest} s between two of {NODES}: {slots:?}");
+
+    let node = last.unwrap();
+    let candidate = Candidate::new("n11");
+    let request = pb::RenewRequest {
+        csr: mesh_ca::Csr::create(&candidate.key).unwrap().into(),
+        wireguard_public_keys: vec![node.wireguard.to_vec().into()],
+        operation_id: crate::harness::operation().into(),
+    };
+    let mut client = pb::renewal_client::RenewalClient::new(running.member(&node.identity).await);
+    let renewed = client.renew(request).await.unwrap().into_inner();
+    assert_eq!(
+        (renewed.renew_at - node.enrolled.renew_at).rem_euclid(86_400),
+        0,
+        "a renewal keeps the time of day"
+    );
+    running.stop().await.unwrap();
+}
