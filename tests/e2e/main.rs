@@ -18,6 +18,7 @@ mod outage;
 mod paths;
 mod ping;
 mod policy;
+mod published;
 mod revocation;
 mod rotation;
 mod services;
