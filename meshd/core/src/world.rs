@@ -295,7 +295,7 @@ impl World {
             ended.filter_map(|(_, serial)| self.certificate(serial)).collect();
         let ended_revoked = ended.iter().filter(|certificate| certificate.revoked.is_some()).count();
         let shards = self.index.revoked.values().flat_map(BTreeMap::values);
-        let revoked = shards.map(BTreeSet::len).sum::<usize>() - ended_revoked;
+        let revoked = shards.map(BTreeMap::len).sum::<usize>() - ended_revoked;
         CertificateCounts { live: self.state.certificates.len() - ended.len() - revoked, revoked }
     }
 

@@ -339,9 +339,10 @@ impl World {
     fn revoke(&mut self, serial: Serial, Moment { seq, at }: Moment, reason: Reason) {
         let Some(certificate) = self.state.certificates.get_mut(&serial) else { return };
         if certificate.revoked.is_none() {
-            certificate.revoked = Some(Revocation { at, reason });
+            let revoked = Revocation { at, reason };
+            certificate.revoked = Some(revoked);
             self.index.release_key(certificate);
-            self.index.add_revoked(certificate);
+            self.index.add_revoked(certificate, revoked);
         }
         let shards = self.state.revoked_seq.entry(certificate.issuer_key_id.clone()).or_default();
         shards.insert(certificate.shard, seq);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use super::{CertificateState, Node, State};
-use crate::certificate::{Owner, PROFILE_OCSP};
+use crate::certificate::{Owner, PROFILE_OCSP, Revocation};
 use crate::ids::{KeyHash, KeyId, NodeId, OperationId, Serial, WgKey};
 use crate::names::{DnsName, NodeName};
 use crate::time::UtcTime;
@@ -25,14 +25,21 @@ pub(super) struct Index {
     pub(super) serials_by_name: BTreeMap<String, BTreeSet<Serial>>,
     /// By the label directly under the domain.
     pub(super) serials_by_label: BTreeMap<String, BTreeSet<Serial>>,
-    /// Revoked certificates by issuer and shard.
-    pub(super) revoked: BTreeMap<KeyId, BTreeMap<u16, BTreeSet<Serial>>>,
+    /// Revoked certificates by issuer and shard, with all that their CRL says and decides by: a list is made by one walk.
+    pub(super) revoked: BTreeMap<KeyId, BTreeMap<u16, BTreeMap<Serial, Listed>>>,
     /// How many certificates each shard has.
     pub(super) shard_sizes: BTreeMap<KeyId, BTreeMap<u16, usize>>,
     /// How many certificates each issuer has, those of OCSP delegates not counted: they only answer for others.
     pub(super) issued: BTreeMap<KeyId, usize>,
     pub(super) ends: BTreeSet<(UtcTime, Serial)>,
     pub(super) operations: BTreeSet<(UtcTime, OperationId)>,
+}
+
+/// A revoked certificate as its CRL needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listed {
+    pub(super) revoked: Revocation,
+    pub(super) not_after: UtcTime,
 }
 
 impl Index {
@@ -82,7 +89,7 @@ impl Index {
             *self.issued.entry(certificate.issuer_key_id.clone()).or_default() += 1;
         }
         match certificate.revoked {
-            Some(_) => self.add_revoked(certificate),
+            Some(revoked) => self.add_revoked(certificate, revoked),
             None => {
                 let users = self.users_by_key.entry(certificate.key_hash).or_default();
                 *users.entry(certificate.owner.clone()).or_default() += 1;
@@ -104,9 +111,10 @@ impl Index {
         }
     }
 
-    pub(super) fn add_revoked(&mut self, certificate: &CertificateState) {
+    pub(super) fn add_revoked(&mut self, certificate: &CertificateState, revoked: Revocation) {
         let shards = self.revoked.entry(certificate.issuer_key_id.clone()).or_default();
-        shards.entry(certificate.shard).or_default().insert(certificate.serial);
+        let listed = Listed { revoked, not_after: certificate.not_after };
+        shards.entry(certificate.shard).or_default().insert(certificate.serial, listed);
     }
 
     pub(super) fn remove_certificate(&mut self, certificate: &CertificateState, domain: Option<&DnsName>) {
@@ -126,7 +134,12 @@ impl Index {
             self.release_key(certificate);
         }
         if let Some(shards) = self.revoked.get_mut(&certificate.issuer_key_id) {
-            remove_from(shards, &certificate.shard, serial);
+            if let Some(listed) = shards.get_mut(&certificate.shard) {
+                listed.remove(serial);
+                if listed.is_empty() {
+                    shards.remove(&certificate.shard);
+                }
+            }
             if shards.is_empty() {
                 self.revoked.remove(&certificate.issuer_key_id);
             }

@@ -56,7 +56,9 @@ impl World {
     /// The shard of a new certificate: in the emptiest group of the newest base address, by the serial's last octets,
     /// which are random.
     pub fn place_for(&self, issuer: &KeyId, serial: &Serial) -> Place {
-        let Some(group) = self.emptiest_group(issuer) else { return Place { shard: 0, base_url: None } };
+        let Some((group, _)) = self.emptiest_group(issuer) else {
+            return Place { shard: 0, base_url: None };
+        };
         let tail = u16::from_be_bytes([serial.0[14], serial.0[15]]);
         Place { shard: group.first + tail % group.count, base_url: Some(group.base_url.clone()) }
     }
@@ -83,9 +85,8 @@ impl World {
 
     /// Whether new certificates of `issuer` need more shards.
     pub fn shards_are_full(&self, issuer: &KeyId) -> bool {
-        self.emptiest_group(issuer).is_some_and(|group| {
-            self.group_size(issuer, group) >= usize::from(group.count) * CERTIFICATES_PER_SHARD
-        })
+        self.emptiest_group(issuer)
+            .is_some_and(|(group, size)| size >= usize::from(group.count) * CERTIFICATES_PER_SHARD)
     }
 
     /// What the next CRL of a shard must list: revoked, and not yet on a CRL signed after their expiry
@@ -93,15 +94,15 @@ impl World {
     pub fn revoked_entries(&self, issuer: &KeyId, shard: u16) -> Vec<(Serial, UtcTime, Reason)> {
         // Without an address a CRL speaks for every shard.
         let shards = if shard == 0 { 0..=u16::MAX } else { shard..=shard };
-        let serials = self
-            .index
-            .revoked
-            .get(issuer)
-            .into_iter()
-            .flat_map(|of_issuer| of_issuer.range(shards.clone()).flat_map(|(_, serials)| serials));
-        let revoked = serials.filter_map(|serial| self.certificate(serial)).filter(|c| !self.is_off_crl(c));
-        let mut entries: Vec<_> =
-            revoked.filter_map(|c| c.revoked.map(|revoked| (c.serial, revoked.at, revoked.reason))).collect();
+        let of_issuer = self.index.revoked.get(issuer);
+        let lists = of_issuer.into_iter().flat_map(|of_issuer| of_issuer.range(shards.clone()));
+        let mut entries = Vec::new();
+        for (shard, listed) in lists {
+            let newest = self.crl(issuer, *shard).map(|crl| crl.this_update);
+            let stays =
+                listed.iter().filter(|(_, entry)| newest.is_none_or(|newest| newest < entry.not_after));
+            entries.extend(stays.map(|(serial, entry)| (*serial, entry.revoked.at, entry.revoked.reason)));
+        }
         entries.sort_unstable_by_key(|(serial, ..)| *serial);
         entries
     }
@@ -172,17 +173,25 @@ impl World {
         Ok(Decision::Changes(vec![Change::CrlShardsOpened { issuer_key_id: issuer_key_id.clone(), group }]))
     }
 
-    fn emptiest_group(&self, issuer: &KeyId) -> Option<&ShardGroup> {
-        let groups = self.shard_groups(issuer);
-        let newest = groups.last()?;
-        let open = groups.iter().filter(|group| group.base_url == newest.base_url);
-        open.min_by_key(|group| self.group_size(issuer, group) / usize::from(group.count))
+    /// With the number of its certificates.
+    fn emptiest_group(&self, issuer: &KeyId) -> Option<(&ShardGroup, usize)> {
+        let newest = self.shard_groups(issuer).last()?;
+        let open = self.group_sizes(issuer).filter(|(group, _)| group.base_url == newest.base_url);
+        open.min_by_key(|(group, size)| size / usize::from(group.count))
     }
 
-    fn group_size(&self, issuer: &KeyId, group: &ShardGroup) -> usize {
-        let range = group.first..group.first + group.count;
-        let shards = self.index.shard_sizes.get(issuer);
-        shards.into_iter().flat_map(|shards| shards.range(range.clone())).map(|(_, size)| size).sum()
+    /// Every group with the number of its certificates. One walk over both: this is asked for each certificate.
+    fn group_sizes(&self, issuer: &KeyId) -> impl Iterator<Item = (&ShardGroup, usize)> {
+        let mut sizes = self.index.shard_sizes.get(issuer).into_iter().flatten().peekable();
+        // Groups stand in the order of their shards.
+        self.shard_groups(issuer).iter().map(move |group| {
+            while sizes.next_if(|(shard, _)| **shard < group.first).is_some() {}
+            let mut total = 0;
+            while let Some((_, size)) = sizes.next_if(|(shard, _)| group.contains(**shard)) {
+                total += size;
+            }
+            (group, total)
+        })
     }
 
     /// Certificates of a shard that World remembers.
