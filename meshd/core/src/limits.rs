@@ -56,11 +56,11 @@ pub const DENIALS_MAX: usize = 1_000;
 pub const DENIAL_TEXT_CHARS_MAX: usize = 200;
 /// Certificates in a CRL shard, on average, at which more shards are opened: a CRL of that many entries is still made
 /// about as fast as an empty one.
-pub const CERTIFICATES_PER_SHARD: usize = 1_024;
+pub const CERTIFICATES_PER_SHARD: usize = 256;
 /// Highest number of a CRL: one that stands near the end of its type would be the last.
 pub const CRL_NUMBER_MAX: u64 = 1 << 62;
-/// CRL shards of one issuer, for ever.
-pub const CRL_SHARDS_MAX: u16 = 4_096;
+/// CRL shards of one issuer, for ever: four million certificates at a time.
+pub const CRL_SHARDS_MAX: u16 = 16_384;
 /// CRL shards opened at once.
 pub const CRL_SHARDS_PER_GROUP_MAX: u16 = 256;
 /// Characters of the base address of published CRLs; the path takes some 60 more.
