@@ -3,17 +3,37 @@
 use der::Encode as _;
 use der::asn1::{AnyRef, ContextSpecificRef, ObjectIdentifier};
 use der::{Tag, TagMode, TagNumber};
+use x509_parser::asn1_rs::oid;
 
 use crate::pointers::Pointers;
 
-/// authorityInfoAccess, RFC 5280 §4.2.2.1.
-pub(crate) const AUTHORITY_INFO_ACCESS: &str = "1.3.6.1.5.5.7.1.1";
+// Object identifiers as they stand in DER, without tag and length: they are compared for every extension of every
+// certificate. Sections are RFC 5280's unless said.
 
+/// subjectKeyIdentifier, §4.2.1.2.
+pub(crate) const SUBJECT_KEY_ID: &[u8] = &oid!(raw 2.5.29.14);
+/// keyUsage, §4.2.1.3.
+pub(crate) const KEY_USAGE: &[u8] = &oid!(raw 2.5.29.15);
+/// subjectAltName, §4.2.1.6.
+pub(crate) const SUBJECT_ALT_NAME: &[u8] = &oid!(raw 2.5.29.17);
+/// basicConstraints, §4.2.1.9.
+pub(crate) const BASIC_CONSTRAINTS: &[u8] = &oid!(raw 2.5.29.19);
+/// cRLDistributionPoints, §4.2.1.13.
+pub(crate) const CRL_DISTRIBUTION_POINTS: &[u8] = &oid!(raw 2.5.29.31);
+/// authorityKeyIdentifier, §4.2.1.1.
+pub(crate) const AUTHORITY_KEY_ID: &[u8] = &oid!(raw 2.5.29.35);
+/// extKeyUsage, §4.2.1.12.
+pub(crate) const EXTENDED_KEY_USAGE: &[u8] = &oid!(raw 2.5.29.37);
 /// noRevAvail, RFC 9608 §2.
-pub(crate) const NO_REV_AVAIL: &str = "2.5.29.56";
-
+pub(crate) const NO_REV_AVAIL: &[u8] = &oid!(raw 2.5.29.56);
+/// authorityInfoAccess, §4.2.2.1.
+pub(crate) const AUTHORITY_INFO_ACCESS: &[u8] = &oid!(raw 1.3.6.1.5.5.7.1.1);
+/// id-ad-ocsp, §4.2.2.1.
+pub(crate) const ACCESS_OCSP: &[u8] = &oid!(raw 1.3.6.1.5.5.7.48.1);
+/// id-ad-caIssuers, §4.2.2.1.
+pub(crate) const ACCESS_CA_ISSUERS: &[u8] = &oid!(raw 1.3.6.1.5.5.7.48.2);
 /// id-pkix-ocsp-nocheck, RFC 6960 §4.2.2.2.1.
-pub(crate) const OCSP_NO_CHECK: &str = "1.3.6.1.5.5.7.48.1.5";
+pub(crate) const OCSP_NO_CHECK: &[u8] = &oid!(raw 1.3.6.1.5.5.7.48.1.5);
 
 const ID_AD_OCSP: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.48.1");
 const ID_AD_CA_ISSUERS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.48.2");

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::asn1::parts;
 use crate::instant::from_asn1;
-use crate::issue::check_name_reproducible;
+use crate::issue::blank_issuer;
 use crate::key::{KeyError, PublicKey};
 use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
 use crate::lint::CERT_BYTES_MAX;
@@ -238,7 +238,7 @@ pub fn check_ca(der: &[u8], now: UtcDateTime) -> Result<(), ImportError> {
     check_fit(der, now)?;
     let certificate = parse_certificate(der).ok_or(ImportError::Certificate)?;
     let public = PublicKey::from_spki_der(certificate.public_key().raw).map_err(ImportError::PublicKey)?;
-    check_name_reproducible(der, &public).map_err(|_| ImportError::Subject)
+    blank_issuer(der, &public).map(drop).map_err(|_| ImportError::Subject)
 }
 
 /// What is asked of a CA that signs elsewhere, too.

@@ -1,12 +1,16 @@
 //! Issuing leaves: an issuing CA bound to its key, and what it signs.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use der::Encode as _;
+use der::asn1::BitStringRef;
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, TrustAnchor};
 use time::UtcDateTime;
 use x509_parser::certificate::X509Certificate;
 
+use crate::asn1;
 use crate::csr::VerifiedCsr;
 use crate::extension::{add_no_rev_avail, add_pointers};
 use crate::identity::TrustDomain;
@@ -14,7 +18,7 @@ use crate::instant::{from_asn1, to_offset, to_unix, whole_seconds};
 use crate::key::{KeyAlgorithm, PublicKey};
 use crate::keystore::{KeyId, KeyStore, KeyStoreError, StoredSigner};
 use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
-use crate::lint::{Finding, lint_leaf};
+use crate::lint::{Finding, IssuerFacts, lint_parsed_leaf};
 use crate::private::LeafKey;
 use crate::profile::Profile;
 use crate::serial::SerialNumber;
@@ -85,6 +89,10 @@ pub struct Issuer {
     pub(crate) not_before: UtcDateTime,
     pub(crate) not_after: UtcDateTime,
     pub(crate) path_len: Option<u32>,
+    /// The certificate as the rules, webpki and rcgen look at it, read once.
+    facts: IssuerFacts,
+    anchor: TrustAnchor<'static>,
+    blank: Arc<rcgen::Issuer<'static, Blank>>,
 }
 
 impl Issuer {
@@ -109,8 +117,13 @@ impl Issuer {
         if certificate.public_key().raw != public.spki_der() {
             return Err(IssueError::OtherKey(key_id));
         }
-        check_name_reproducible(certificate_der, &public)?;
+        let blank = Arc::new(blank_issuer(certificate_der, &public)?);
+        let anchor = CertificateDer::from(certificate_der);
+        let anchor = webpki::anchor_from_trusted_cert(&anchor).map_err(|_| IssueError::NotCa)?;
         Ok(Self {
+            facts: IssuerFacts::read(certificate_der).ok_or(IssueError::NotCa)?,
+            anchor: anchor.to_owned(),
+            blank,
             key_identifier: extensions.subject_key_id.ok_or(IssueError::NotCa)?,
             path_len: extensions.path_len,
             not_before: from_asn1(certificate.validity().not_before),
@@ -174,45 +187,66 @@ impl Issuer {
         params: &CertificateParams,
         key: &PublicKey,
     ) -> Result<Vec<u8>, IssueError> {
-        let signer = self.signer(store);
-        let issuer = self.to_rcgen(&signer).map_err(|error| IssueError::Encode(error.to_string()))?;
-        params
-            .signed_by(key.as_rcgen(), &issuer)
-            .map(|certificate| certificate.der().to_vec())
-            .map_err(|error| signing_error(&signer, &error))
+        let unsigned =
+            params.signed_by(key, &*self.blank).map_err(|error| IssueError::Encode(error.to_string()))?;
+        let encode = |error: der::Error| IssueError::Encode(error.to_string());
+        let parts = asn1::parts(unsigned.der(), CERTIFICATE_PARTS).map_err(encode)?;
+        let [tbs, algorithm, _] = parts[..] else {
+            return Err(IssueError::Encode("not three parts".to_owned()));
+        };
+        let signature = store.sign(&self.key_id, tbs).map_err(IssueError::KeyStore)?;
+        let signature =
+            BitStringRef::from_bytes(&signature).and_then(|bits| bits.to_der()).map_err(encode)?;
+        asn1::sequence(&[tbs, algorithm, &signature]).map_err(encode)
     }
 }
 
-/// rcgen keeps a name as parsed strings in a map: it loses repeated attributes, and refuses sets of several.
-pub(crate) fn check_name_reproducible(certificate_der: &[u8], public: &PublicKey) -> Result<(), IssueError> {
-    /// Signs nothing: only the issuer field of what comes out is looked at.
-    struct Blank<'a>(&'a PublicKey);
-    impl rcgen::PublicKeyData for Blank<'_> {
-        fn der_bytes(&self) -> &[u8] {
-            self.0.as_rcgen().der_bytes()
-        }
-        fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
-            self.0.algorithm().signature()
-        }
+/// `Certificate ::= SEQUENCE { tbsCertificate, signatureAlgorithm, signatureValue }`, RFC 5280 §4.1.
+const CERTIFICATE_PARTS: usize = 3;
+
+/// Signs nothing: what comes out is signed after, or only looked at.
+#[derive(Debug)]
+pub(crate) struct Blank(PublicKey);
+
+impl rcgen::PublicKeyData for Blank {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.der_bytes()
     }
-    impl rcgen::SigningKey for Blank<'_> {
-        fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-            Ok(vec![0])
-        }
+
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        self.0.algorithm().signature()
     }
+}
+
+impl rcgen::SigningKey for Blank {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        Ok(vec![0])
+    }
+}
+
+/// The issuer as rcgen names it in what it writes. rcgen keeps a name as parsed strings in a map: it loses repeated
+/// attributes, and refuses sets of several.
+///
+/// # Errors
+/// [`IssueError::IssuerName`] if its name would not come out byte for byte.
+pub(crate) fn blank_issuer(
+    certificate_der: &[u8],
+    public: &PublicKey,
+) -> Result<rcgen::Issuer<'static, Blank>, IssueError> {
     let certificate = parse_certificate(certificate_der).ok_or(IssueError::NotCa)?;
     let subject = certificate.subject();
     // An empty set makes rcgen panic.
     if subject.iter().next().is_none() || subject.iter().any(|set| set.iter().next().is_none()) {
         return Err(IssueError::IssuerName);
     }
-    let issuer = rcgen::Issuer::from_ca_cert_der(&CertificateDer::from(certificate_der), Blank(public))
-        .map_err(|_| IssueError::IssuerName)?;
+    let der = CertificateDer::from(certificate_der);
+    let issuer = rcgen::Issuer::from_ca_cert_der(&der, Blank(public.clone()));
+    let issuer = issuer.map_err(|_| IssueError::IssuerName)?;
     let mut params = CertificateParams::default();
     params.serial_number = Some(rcgen::SerialNumber::from(1_u64));
-    let probe = params.signed_by(public.as_rcgen(), &issuer).map_err(|_| IssueError::IssuerName)?;
+    let probe = params.signed_by(public, &issuer).map_err(|_| IssueError::IssuerName)?;
     let probe = parse_certificate(probe.der()).ok_or(IssueError::IssuerName)?;
-    if probe.issuer().as_raw() == subject.as_raw() { Ok(()) } else { Err(IssueError::IssuerName) }
+    if probe.issuer().as_raw() == subject.as_raw() { Ok(issuer) } else { Err(IssueError::IssuerName) }
 }
 
 pub(crate) fn signing_error(signer: &StoredSigner<'_>, error: &rcgen::Error) -> IssueError {
@@ -376,11 +410,10 @@ fn recheck_leaf(
         other => IssueError::Recheck(other.to_string()),
     };
     let entity = webpki::EndEntityCert::try_from(&leaf).map_err(webpki)?;
-    let anchor = webpki::anchor_from_trusted_cert(&issuer.certificate).map_err(webpki)?;
     entity
         .verify_for_usage(
             webpki::ALL_VERIFICATION_ALGS,
-            std::slice::from_ref(&anchor),
+            std::slice::from_ref(&issuer.anchor),
             &[],
             to_unix(not_before),
             AnyPurpose,
@@ -388,7 +421,8 @@ fn recheck_leaf(
             None,
         )
         .map_err(webpki)?;
-    match lint_leaf(der, issuer.certificate_der(), issuer.domain()).into_iter().next() {
+    let findings = lint_parsed_leaf((der, &certificate), Some(key), &issuer.facts, issuer.domain());
+    match findings.into_iter().next() {
         Some(finding) => Err(IssueError::Lint(finding)),
         None => Ok(()),
     }

@@ -8,6 +8,8 @@ use der::asn1::UintRef;
 use der::{Decode as _, Reader as _};
 use rcgen::PublicKeyData as _;
 use sha2::{Digest as _, Sha256};
+use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::SubjectPublicKeyInfo;
 
 /// Largest SubjectPublicKeyInfo, in bytes; RSA 4096 needs 550.
 const SPKI_BYTES_MAX: usize = 1024;
@@ -185,8 +187,9 @@ pub enum KeyError {
 #[derive(Clone, PartialEq, Eq)]
 pub struct PublicKey {
     algorithm: KeyAlgorithm,
-    spki: rcgen::SubjectPublicKeyInfo,
     der: Vec<u8>,
+    /// Where the key's own bits begin in `der`; they go to its end.
+    bits_at: usize,
 }
 
 impl PublicKey {
@@ -197,12 +200,16 @@ impl PublicKey {
         if spki_der.len() > SPKI_BYTES_MAX {
             return Err(KeyError::TooLong(spki_der.len()));
         }
-        let spki = rcgen::SubjectPublicKeyInfo::from_der(spki_der).map_err(|_| KeyError::Unsupported)?;
-        if spki.subject_public_key_info() != spki_der {
-            return Err(KeyError::NotCanonical);
-        }
-        let algorithm = check_key_bits(&spki)?;
-        Ok(Self { algorithm, spki, der: spki_der.to_vec() })
+        let Ok((_, parsed)) = SubjectPublicKeyInfo::from_der(spki_der) else {
+            return Err(KeyError::Unsupported);
+        };
+        let bits = &*parsed.subject_public_key.data;
+        let written = |signature: &&'static rcgen::SignatureAlgorithm| {
+            Plain { bits, signature }.subject_public_key_info() == spki_der
+        };
+        let signature = SIGNATURES.into_iter().find(written).ok_or_else(|| refused(spki_der))?;
+        let algorithm = check_key_bits(signature, bits)?;
+        Ok(Self { algorithm, der: spki_der.to_vec(), bits_at: spki_der.len() - bits.len() })
     }
 
     /// The key's type and size.
@@ -223,7 +230,7 @@ impl PublicKey {
     /// subjectKeyIdentifier for this key: the first 160 bits of the SHA-256 of the public key's bits
     /// (RFC 7093 §2 method 1). rcgen's default hashes the whole SubjectPublicKeyInfo, which is no method of that RFC.
     pub(crate) fn key_identifier(&self) -> rcgen::KeyIdMethod {
-        rcgen::KeyIdMethod::PreSpecified(Sha256::digest(self.spki.der_bytes())[..20].to_vec())
+        rcgen::KeyIdMethod::PreSpecified(Sha256::digest(self.der_bytes())[..20].to_vec())
     }
 
     /// Whether `signature` over `message` is this key's, by its one algorithm (see [`KeyStore`](crate::KeyStore)).
@@ -235,12 +242,17 @@ impl PublicKey {
             KeyAlgorithm::Ed25519 => &scheme::ED25519,
             KeyAlgorithm::Rsa { .. } => &scheme::RSA_PKCS1_2048_8192_SHA256,
         };
-        let bits = self.spki.der_bytes();
-        scheme::UnparsedPublicKey::new(algorithm, bits).verify(message, signature).is_ok()
+        scheme::UnparsedPublicKey::new(algorithm, self.der_bytes()).verify(message, signature).is_ok()
+    }
+}
+
+impl rcgen::PublicKeyData for PublicKey {
+    fn der_bytes(&self) -> &[u8] {
+        &self.der[self.bits_at..]
     }
 
-    pub(crate) fn as_rcgen(&self) -> &rcgen::SubjectPublicKeyInfo {
-        &self.spki
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        self.algorithm.signature()
     }
 }
 
@@ -250,8 +262,39 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-fn check_key_bits(spki: &rcgen::SubjectPublicKeyInfo) -> Result<KeyAlgorithm, KeyError> {
-    let (algorithm, bits) = (spki.algorithm(), spki.der_bytes());
+/// What keys that are taken sign with, the most frequent first.
+static SIGNATURES: [&rcgen::SignatureAlgorithm; 4] = [
+    &rcgen::PKCS_ECDSA_P256_SHA256,
+    &rcgen::PKCS_ECDSA_P384_SHA384,
+    &rcgen::PKCS_ED25519,
+    &rcgen::PKCS_RSA_SHA256,
+];
+
+/// A key of which nothing is known but what stands in its encoding.
+struct Plain<'a> {
+    bits: &'a [u8],
+    signature: &'static rcgen::SignatureAlgorithm,
+}
+
+impl rcgen::PublicKeyData for Plain<'_> {
+    fn der_bytes(&self) -> &[u8] {
+        self.bits
+    }
+
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        self.signature
+    }
+}
+
+/// Why an encoding is none of ours. rcgen tries all types that it knows, which takes its time.
+fn refused(spki_der: &[u8]) -> KeyError {
+    match rcgen::SubjectPublicKeyInfo::from_der(spki_der) {
+        Ok(spki) if spki.subject_public_key_info() != spki_der => KeyError::NotCanonical,
+        _ => KeyError::Unsupported,
+    }
+}
+
+fn check_key_bits(algorithm: &rcgen::SignatureAlgorithm, bits: &[u8]) -> Result<KeyAlgorithm, KeyError> {
     if algorithm == &rcgen::PKCS_ECDSA_P256_SHA256 {
         check_point(bits, &aws_lc_rs::agreement::ECDH_P256, 32).map(|()| KeyAlgorithm::EcdsaP256)
     } else if algorithm == &rcgen::PKCS_ECDSA_P384_SHA384 {

@@ -172,7 +172,7 @@ impl<'a> StoredSigner<'a> {
 
 impl rcgen::PublicKeyData for StoredSigner<'_> {
     fn der_bytes(&self) -> &[u8] {
-        self.public.as_rcgen().der_bytes()
+        self.public.der_bytes()
     }
 
     fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {

@@ -14,7 +14,7 @@ use crate::instant::from_asn1;
 use crate::key::{KeyError, PublicKey};
 use crate::profile::{ExtraUsage, Profile};
 use crate::serial::{SerialError, SerialNumber};
-use crate::wireguard::{self, WIREGUARD_KEYS_OID_TEXT, WireguardKeysError};
+use crate::wireguard::{self, WIREGUARD_KEYS_OID_DER, WireguardKeysError};
 
 /// Why a certificate cannot be read as a leaf of this mesh.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -150,6 +150,7 @@ pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Exten
     let all = certificate.extensions();
     for (index, extension) in all.iter().enumerate() {
         let oid = || extension.oid.to_id_string();
+        let is = |oid: &[u8]| extension.oid.as_bytes() == oid;
         if all[..index].iter().any(|other| other.oid == extension.oid) {
             return Err(ClassifyError::Extension(oid()));
         }
@@ -184,8 +185,8 @@ pub(crate) fn read_extensions(certificate: &X509Certificate<'_>) -> Result<Exten
             ParsedExtension::SubjectAlternativeName(san) => {
                 san.general_names.iter().try_for_each(|name| read_name(name, &mut found))?;
             }
-            _ if oid() == NO_REV_AVAIL => found.no_rev_avail = true,
-            _ if oid() == WIREGUARD_KEYS_OID_TEXT => {
+            _ if is(NO_REV_AVAIL) => found.no_rev_avail = true,
+            _ if is(WIREGUARD_KEYS_OID_DER) => {
                 found.wireguard_keys =
                     wireguard::decode(extension.value).map_err(ClassifyError::WireguardKeys)?;
             }
@@ -233,7 +234,16 @@ fn profile_of(extensions: &Extensions, identity: Option<&Identity>) -> Option<Pr
 /// Reads a leaf as if its chain were verified; `chain_not_after` is the leaf's own notAfter.
 pub(crate) fn read_leaf(der: &[u8], domain: &TrustDomain) -> Result<VerifiedLeaf, ClassifyError> {
     let certificate = parse_certificate(der).ok_or(ClassifyError::Malformed)?;
-    let extensions = read_extensions(&certificate)?;
+    leaf_of(&certificate, &read_extensions(&certificate)?, None, domain)
+}
+
+/// As [`read_leaf`], of what was read already; the certificate's own key is read again unless it is `key`.
+pub(crate) fn leaf_of(
+    certificate: &X509Certificate<'_>,
+    extensions: &Extensions,
+    key: Option<&PublicKey>,
+    domain: &TrustDomain,
+) -> Result<VerifiedLeaf, ClassifyError> {
     if extensions.is_ca || extensions.key_cert_sign || extensions.crl_sign {
         return Err(ClassifyError::IsCa);
     }
@@ -242,21 +252,25 @@ pub(crate) fn read_leaf(der: &[u8], domain: &TrustDomain) -> Result<VerifiedLeaf
         [uri] => Some(Identity::parse(domain, uri).map_err(ClassifyError::Uri)?),
         more => return Err(ClassifyError::Uris(more.len())),
     };
-    let profile = profile_of(&extensions, identity.as_ref()).ok_or(ClassifyError::NoProfile)?;
+    let profile = profile_of(extensions, identity.as_ref()).ok_or(ClassifyError::NoProfile)?;
     let dns: Result<Vec<_>, _> = extensions.dns.iter().map(|name| DnsName::parse(name)).collect();
-    let key = PublicKey::from_spki_der(certificate.public_key().raw).map_err(ClassifyError::Key)?;
+    let spki = certificate.public_key().raw;
+    let key_hash = match key.filter(|key| key.spki_der() == spki) {
+        Some(key) => key.key_hash(),
+        None => PublicKey::from_spki_der(spki).map_err(ClassifyError::Key)?.key_hash(),
+    };
     let not_after = from_asn1(certificate.validity().not_after);
     Ok(VerifiedLeaf {
         profile,
         identity,
         serial: SerialNumber::from_slice(certificate.raw_serial()).map_err(ClassifyError::Serial)?,
-        issuer_key_id: extensions.authority_key_id.ok_or(ClassifyError::NoIssuerKey)?,
+        issuer_key_id: extensions.authority_key_id.clone().ok_or(ClassifyError::NoIssuerKey)?,
         dns: dns.map_err(ClassifyError::Dns)?,
-        ips: extensions.ips,
-        wireguard_keys: extensions.wireguard_keys,
+        ips: extensions.ips.clone(),
+        wireguard_keys: extensions.wireguard_keys.clone(),
         not_before: from_asn1(certificate.validity().not_before),
         not_after,
-        key_hash: key.key_hash(),
+        key_hash,
         no_rev_avail: extensions.no_rev_avail,
         chain_not_after: not_after,
     })

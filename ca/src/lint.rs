@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use time::UtcDateTime;
-use x509_parser::asn1_rs::{Oid, Tag};
+use x509_parser::asn1_rs::Tag;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension, X509Extension};
 use x509_parser::prelude::FromDer as _;
@@ -14,11 +14,15 @@ use x509_parser::revocation_list::CertificateRevocationList;
 use x509_parser::time::ASN1Time;
 use x509_parser::x509::{AlgorithmIdentifier, X509Version};
 
-use crate::extension::{AUTHORITY_INFO_ACCESS, NO_REV_AVAIL, OCSP_NO_CHECK};
+use crate::extension::{
+    ACCESS_CA_ISSUERS, ACCESS_OCSP, AUTHORITY_INFO_ACCESS, AUTHORITY_KEY_ID, BASIC_CONSTRAINTS,
+    CRL_DISTRIBUTION_POINTS, EXTENDED_KEY_USAGE, KEY_USAGE, NO_REV_AVAIL, OCSP_NO_CHECK, SUBJECT_ALT_NAME,
+    SUBJECT_KEY_ID,
+};
 use crate::identity::{DnsName, TrustDomain};
 use crate::instant::CLOCK_SKEW_ALLOWANCE;
-use crate::key::PublicKey;
-use crate::leaf::{Extensions, KeyIdentifier, parse_certificate, read_extensions, read_leaf};
+use crate::key::{KeyAlgorithm, PublicKey};
+use crate::leaf::{Extensions, KeyIdentifier, leaf_of, parse_certificate, read_extensions};
 use crate::ocsp::OCSP_RESPONDER_LIFETIME;
 use crate::pointers::HttpUrl;
 use crate::profile::LEAF_LIFETIME_MAX;
@@ -29,22 +33,28 @@ use crate::template::{NO_REV_AVAIL_LIFETIME_MAX, SANS_PER_CERT_MAX};
 pub const CERT_BYTES_MAX: usize = 10_000;
 
 /// Extensions a leaf may have; the last is the list of WireGuard keys.
-const LEAF_EXTENSIONS: [&str; 10] = [
-    "2.5.29.14",
-    "2.5.29.15",
-    "2.5.29.17",
-    "2.5.29.19",
-    "2.5.29.31",
-    "2.5.29.35",
-    "2.5.29.37",
+const LEAF_EXTENSIONS: [&[u8]; 10] = [
+    SUBJECT_KEY_ID,
+    KEY_USAGE,
+    SUBJECT_ALT_NAME,
+    BASIC_CONSTRAINTS,
+    CRL_DISTRIBUTION_POINTS,
+    AUTHORITY_KEY_ID,
+    EXTENDED_KEY_USAGE,
     AUTHORITY_INFO_ACCESS,
     NO_REV_AVAIL,
-    crate::wireguard::WIREGUARD_KEYS_OID_TEXT,
+    crate::wireguard::WIREGUARD_KEYS_OID_DER,
 ];
 
 /// Extensions a CA may have.
-const CA_EXTENSIONS: [&str; 6] =
-    ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.31", "2.5.29.35", AUTHORITY_INFO_ACCESS];
+const CA_EXTENSIONS: [&[u8]; 6] = [
+    SUBJECT_KEY_ID,
+    KEY_USAGE,
+    BASIC_CONSTRAINTS,
+    CRL_DISTRIBUTION_POINTS,
+    AUTHORITY_KEY_ID,
+    AUTHORITY_INFO_ACCESS,
+];
 
 /// A broken rule. Sections are RFC 5280's unless said.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -123,42 +133,91 @@ pub enum Finding {
     CrlEntry,
 }
 
+/// What the rules ask of an issuer. Read once, as it is asked for every certificate.
+#[derive(Debug, Clone)]
+pub(crate) struct IssuerFacts {
+    der: Vec<u8>,
+    /// DER of its name; `None` if it is empty.
+    subject: Option<Vec<u8>>,
+    serial: Vec<u8>,
+    validity: (ASN1Time, ASN1Time),
+    spki: Vec<u8>,
+    /// `None` for a key that is not taken.
+    key: Option<KeyAlgorithm>,
+    subject_key_id: Option<KeyIdentifier>,
+}
+
+impl IssuerFacts {
+    /// Reads a CA's certificate; `None` if it cannot be read.
+    pub(crate) fn read(der: &[u8]) -> Option<Self> {
+        let certificate = parse_certificate(der)?;
+        let subject = certificate.subject();
+        Some(Self {
+            der: der.to_vec(),
+            subject: subject.iter().next().map(|_| subject.as_raw().to_vec()),
+            serial: certificate.raw_serial().to_vec(),
+            validity: (certificate.validity().not_before, certificate.validity().not_after),
+            spki: certificate.public_key().raw.to_vec(),
+            key: PublicKey::from_spki_der(certificate.public_key().raw).ok().map(|key| key.algorithm()),
+            subject_key_id: read_extensions(&certificate).ok()?.subject_key_id,
+        })
+    }
+}
+
 /// Checks a leaf against all rules for what `issuer_der` signs in `domain`; empty if it keeps them.
 pub fn lint_leaf(der: &[u8], issuer_der: &[u8], domain: &TrustDomain) -> Vec<Finding> {
-    let Some((certificate, issuer, extensions, mut findings)) =
-        lint_common(der, issuer_der, &LEAF_EXTENSIONS)
-    else {
-        return vec![Finding::Unreadable];
-    };
+    match (parse_certificate(der), IssuerFacts::read(issuer_der)) {
+        (Some(certificate), Some(issuer)) => {
+            let key = PublicKey::from_spki_der(certificate.public_key().raw).ok();
+            lint_parsed_leaf((der, &certificate), key.as_ref(), &issuer, domain)
+        }
+        _ => vec![Finding::Unreadable],
+    }
+}
+
+/// As [`lint_leaf`], with what the caller has read already: `key` is the certificate's, if it may be certified.
+pub(crate) fn lint_parsed_leaf(
+    (der, certificate): (&[u8], &X509Certificate<'_>),
+    key: Option<&PublicKey>,
+    issuer: &IssuerFacts,
+    domain: &TrustDomain,
+) -> Vec<Finding> {
+    let (extensions, mut findings) = lint_common((der, certificate), key, issuer, &LEAF_EXTENSIONS);
+    let fits = |extensions: &Extensions| leaf_of(certificate, extensions, key, domain).is_ok();
+    let fits = extensions.as_ref().is_some_and(fits);
+    let extensions = extensions.unwrap_or_default();
     let mut require = |kept: bool, finding| {
         if !kept {
             findings.push(finding)
         }
     };
-    require(certificate.raw_serial() != issuer.raw_serial(), Finding::Serial);
+    require(certificate.raw_serial() != issuer.serial, Finding::Serial);
     let span = certificate.validity().not_after.timestamp() - certificate.validity().not_before.timestamp();
     let longest = (LEAF_LIFETIME_MAX + CLOCK_SKEW_ALLOWANCE).as_secs();
     require(u64::try_from(span).is_ok_and(|span| span <= longest), Finding::Validity);
     // DER leaves out the default cA FALSE, so the sequence is empty.
-    require(raw(&certificate, "2.5.29.19").is_some_and(|e| e.value == [0x30, 0]), Finding::BasicConstraints);
+    require(
+        raw(certificate, BASIC_CONSTRAINTS).is_some_and(|e| e.value == [0x30, 0]),
+        Finding::BasicConstraints,
+    );
     // BIT STRING with digitalSignature alone, trailing zero bits trimmed.
-    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
+    require(raw(certificate, KEY_USAGE).is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
     let purposes = (extensions.server_auth || extensions.client_auth) && !extensions.other_purposes;
     require(purposes, Finding::ExtendedKeyUsage);
     let names = extensions.dns.len() + extensions.ips.len() + extensions.uris.len();
     require((1..=SANS_PER_CERT_MAX).contains(&names), Finding::Names);
     require(extensions.dns.iter().all(|name| DnsName::parse(name).is_ok()), Finding::DnsName);
     let empty_subject = certificate.subject().iter().next().is_none();
-    let san_critical = raw(&certificate, "2.5.29.17").is_some_and(|e| e.critical);
+    let san_critical = raw(certificate, SUBJECT_ALT_NAME).is_some_and(|e| e.critical);
     require(empty_subject == san_critical, Finding::EmptySubject);
-    require(common_name_repeats_a_name(&certificate, &extensions), Finding::CommonName);
-    require(read_leaf(der, domain).is_ok(), Finding::Profile);
-    require(crl_address_is_plain(&certificate), Finding::CrlAddress);
-    require(pointers_are_plain(&certificate), Finding::Pointers);
-    if let Some(extension) = raw(&certificate, NO_REV_AVAIL) {
+    require(common_name_repeats_a_name(certificate, &extensions), Finding::CommonName);
+    require(fits, Finding::Profile);
+    require(crl_address_is_plain(certificate), Finding::CrlAddress);
+    require(pointers_are_plain(certificate), Finding::Pointers);
+    if let Some(extension) = raw(certificate, NO_REV_AVAIL) {
         let span = u64::try_from(span).unwrap_or(u64::MAX);
         let short = span <= (NO_REV_AVAIL_LIFETIME_MAX + CLOCK_SKEW_ALLOWANCE).as_secs();
-        let silent = raw(&certificate, "2.5.29.31").is_none() && ocsp_pointers(&certificate) == 0;
+        let silent = raw(certificate, CRL_DISTRIBUTION_POINTS).is_none() && ocsp_pointers(certificate) == 0;
         require(extension.value == [5, 0] && short && silent, Finding::NoRevAvail);
     }
     findings
@@ -179,8 +238,7 @@ pub fn lint_ca(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
 }
 
 pub(crate) fn lint_ca_as(kind: CaKind, der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
-    let Some((certificate, _, extensions, mut findings)) = lint_common(der, issuer_der, &CA_EXTENSIONS)
-    else {
+    let Some((certificate, extensions, mut findings)) = lint_read(der, issuer_der, &CA_EXTENSIONS) else {
         return vec![Finding::Unreadable];
     };
     let mut require = |kept: bool, finding| {
@@ -198,18 +256,17 @@ pub(crate) fn lint_ca_as(kind: CaKind, der: &[u8], issuer_der: &[u8]) -> Vec<Fin
     require(pointers_are_plain(&certificate), Finding::Pointers);
     require(extensions.is_ca && extensions.path_len == path_len, Finding::BasicConstraints);
     // keyCertSign and cRLSign alone.
-    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 1, 0x06]), Finding::KeyUsage);
+    require(raw(&certificate, KEY_USAGE).is_some_and(|e| e.value == [3, 2, 1, 0x06]), Finding::KeyUsage);
     findings
 }
 
 /// Extensions a responder's certificate has.
-const RESPONDER_EXTENSIONS: [&str; 6] =
-    ["2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.35", "2.5.29.37", OCSP_NO_CHECK];
+const RESPONDER_EXTENSIONS: [&[u8]; 6] =
+    [SUBJECT_KEY_ID, KEY_USAGE, BASIC_CONSTRAINTS, AUTHORITY_KEY_ID, EXTENDED_KEY_USAGE, OCSP_NO_CHECK];
 
 /// Checks the certificate of an OCSP responder that `issuer_der` signed.
 pub fn lint_ocsp_responder(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
-    let Some((certificate, _, extensions, mut findings)) =
-        lint_common(der, issuer_der, &RESPONDER_EXTENSIONS)
+    let Some((certificate, extensions, mut findings)) = lint_read(der, issuer_der, &RESPONDER_EXTENSIONS)
     else {
         return vec![Finding::Unreadable];
     };
@@ -221,88 +278,94 @@ pub fn lint_ocsp_responder(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
     let span = certificate.validity().not_after.timestamp() - certificate.validity().not_before.timestamp();
     let longest = (OCSP_RESPONDER_LIFETIME + CLOCK_SKEW_ALLOWANCE).as_secs();
     require(u64::try_from(span).is_ok_and(|span| span <= longest), Finding::Validity);
-    require(raw(&certificate, "2.5.29.19").is_some_and(|e| e.value == [0x30, 0]), Finding::BasicConstraints);
-    require(raw(&certificate, "2.5.29.15").is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
+    require(
+        raw(&certificate, BASIC_CONSTRAINTS).is_some_and(|e| e.value == [0x30, 0]),
+        Finding::BasicConstraints,
+    );
+    require(raw(&certificate, KEY_USAGE).is_some_and(|e| e.value == [3, 2, 7, 0x80]), Finding::KeyUsage);
     // SEQUENCE { id-kp-OCSPSigning } and nothing else.
     let signing = [0x30, 10, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 9];
-    let only_signing = raw(&certificate, "2.5.29.37").is_some_and(|e| e.value == signing);
+    let only_signing = raw(&certificate, EXTENDED_KEY_USAGE).is_some_and(|e| e.value == signing);
     require(extensions.ocsp_signing && only_signing, Finding::ExtendedKeyUsage);
     require(raw(&certificate, OCSP_NO_CHECK).is_some_and(|e| e.value == [5, 0]), Finding::NoCheck);
     require(certificate.subject().iter().next().is_some(), Finding::EmptySubject);
     findings
 }
 
-type Common<'a> = (X509Certificate<'a>, X509Certificate<'a>, Extensions, Vec<Finding>);
+/// Reads both certificates and checks the rules that leaves and CAs share; `None` if one cannot be read at all.
+fn lint_read<'a>(
+    der: &'a [u8],
+    issuer_der: &[u8],
+    allowed: &[&[u8]],
+) -> Option<(X509Certificate<'a>, Extensions, Vec<Finding>)> {
+    let (certificate, issuer) = (parse_certificate(der)?, IssuerFacts::read(issuer_der)?);
+    let key = PublicKey::from_spki_der(certificate.public_key().raw).ok();
+    let (extensions, findings) = lint_common((der, &certificate), key.as_ref(), &issuer, allowed);
+    Some((certificate, extensions.unwrap_or_default(), findings))
+}
 
-/// The rules that leaves and CAs share; `None` if one of both certificates cannot be read at all.
-fn lint_common<'a>(der: &'a [u8], issuer_der: &'a [u8], allowed: &[&str]) -> Option<Common<'a>> {
-    let (certificate, issuer) = (parse_certificate(der)?, parse_certificate(issuer_der)?);
-    let issuer_extensions = read_extensions(&issuer).ok()?;
-    let root = der == issuer_der;
+/// The rules that leaves and CAs share, and the extensions, unless they break one.
+fn lint_common(
+    (der, certificate): (&[u8], &X509Certificate<'_>),
+    key: Option<&PublicKey>,
+    issuer: &IssuerFacts,
+    allowed: &[&[u8]],
+) -> (Option<Extensions>, Vec<Finding>) {
+    let root = der == issuer.der;
     let mut findings = Vec::new();
-    let extensions = read_extensions(&certificate).unwrap_or_else(|_| {
-        findings.push(Finding::Extensions);
-        Extensions::default()
-    });
+    let extensions = read_extensions(certificate).ok();
     let mut require = |kept: bool, finding| {
         if !kept {
             findings.push(finding)
         }
     };
+    require(extensions.is_some(), Finding::Extensions);
     require(der.len() <= CERT_BYTES_MAX, Finding::TooLarge);
     require(certificate.version() == X509Version::V3, Finding::Version);
     require(SerialNumber::from_slice(certificate.raw_serial()).is_ok(), Finding::Serial);
     let algorithm = &certificate.signature_algorithm;
     let same = *algorithm == certificate.tbs_certificate.signature;
-    require(same && signed_as_its_key_signs(algorithm, &issuer), Finding::SignatureAlgorithm);
-    let named = issuer.subject().iter().next().is_some();
-    require(named && certificate.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
-    let (validity, bounds) = (certificate.validity(), issuer.validity());
+    require(same && signed_as_its_key_signs(algorithm, issuer.key), Finding::SignatureAlgorithm);
+    require(issuer.subject.as_deref() == Some(certificate.issuer().as_raw()), Finding::IssuerName);
+    let (validity, bounds) = (certificate.validity(), issuer.validity);
     require([validity.not_before, validity.not_after].iter().all(time_form), Finding::TimeForm);
     require(validity.not_before < validity.not_after, Finding::Validity);
-    let within = validity.not_before >= bounds.not_before && validity.not_after <= bounds.not_after;
+    let within = validity.not_before >= bounds.0 && validity.not_after <= bounds.1;
     require(within, Finding::BeyondIssuer);
-    require(PublicKey::from_spki_der(certificate.public_key().raw).is_ok(), Finding::Key);
-    require(root || certificate.public_key().raw != issuer.public_key().raw, Finding::Key);
-    require(extensions.subject_key_id.is_some(), Finding::SubjectKeyId);
-    require(
-        root || authority_is(&certificate, issuer_extensions.subject_key_id.as_ref()),
-        Finding::AuthorityKeyId,
-    );
+    require(key.is_some_and(|key| key.spki_der() == certificate.public_key().raw), Finding::Key);
+    require(root || certificate.public_key().raw != issuer.spki, Finding::Key);
+    let subject_key_id = extensions.as_ref().and_then(|extensions| extensions.subject_key_id.as_ref());
+    require(subject_key_id.is_some(), Finding::SubjectKeyId);
+    require(root || authority_is(certificate, issuer.subject_key_id.as_ref()), Finding::AuthorityKeyId);
     for extension in certificate.extensions() {
-        let is = |oid: &str| is_oid(&extension.oid, oid);
-        // keyUsage and basicConstraints; whether subjectAltName is critical hangs on the subject.
-        let critical = is("2.5.29.15") || is("2.5.29.19");
-        if extension.critical != critical && !is("2.5.29.17") {
+        let oid = extension.oid.as_bytes();
+        // Whether subjectAltName is critical hangs on the subject.
+        let critical = oid == KEY_USAGE || oid == BASIC_CONSTRAINTS;
+        if extension.critical != critical && oid != SUBJECT_ALT_NAME {
             findings.push(Finding::Criticality(extension.oid.to_id_string()));
         }
-        if !allowed.iter().any(|oid| is(oid)) {
+        if !allowed.contains(&oid) {
             findings.push(Finding::ForeignExtension(extension.oid.to_id_string()));
         }
     }
-    Some((certificate, issuer, extensions, findings))
+    (extensions, findings)
 }
 
 /// Whether the algorithm is the one that the issuer's key signs with, parameters included (RFC 5758 §3.2, RFC 8410 §3,
 /// RFC 4055 §5).
-fn signed_as_its_key_signs(algorithm: &AlgorithmIdentifier<'_>, issuer: &X509Certificate<'_>) -> bool {
-    let Ok(key) = PublicKey::from_spki_der(issuer.public_key().raw) else { return false };
-    let (oid, null) = key.algorithm().signature_oid();
+fn signed_as_its_key_signs(algorithm: &AlgorithmIdentifier<'_>, key: Option<KeyAlgorithm>) -> bool {
+    let Some(key) = key else { return false };
+    let (oid, null) = key.signature_oid();
     let parameters = match &algorithm.parameters {
         None => !null,
         Some(parameters) => null && parameters.tag() == Tag::Null && parameters.data.is_empty(),
     };
-    is_oid(&algorithm.algorithm, oid) && parameters
+    let arcs = algorithm.algorithm.iter();
+    arcs.is_some_and(|arcs| arcs.map(Some).eq(oid.split('.').map(|arc| arc.parse().ok()))) && parameters
 }
 
-fn raw<'a, 'c>(certificate: &'c X509Certificate<'a>, oid: &str) -> Option<&'c X509Extension<'a>> {
-    certificate.extensions().iter().find(|extension| is_oid(&extension.oid, oid))
-}
-
-/// Whether an object identifier is the one in dotted form. Text is not made of it: this is asked for every extension, at
-/// every issuance.
-fn is_oid(oid: &Oid<'_>, dotted: &str) -> bool {
-    oid.iter().is_some_and(|arcs| arcs.map(Some).eq(dotted.split('.').map(|arc| arc.parse().ok())))
+fn raw<'a, 'c>(certificate: &'c X509Certificate<'a>, oid: &[u8]) -> Option<&'c X509Extension<'a>> {
+    certificate.extensions().iter().find(|extension| extension.oid.as_bytes() == oid)
 }
 
 fn time_form(time: &ASN1Time) -> bool {
@@ -334,9 +397,8 @@ fn common_name_repeats_a_name(certificate: &X509Certificate<'_>, extensions: &Ex
 fn pointers_are_plain(certificate: &X509Certificate<'_>) -> bool {
     certificate.extensions().iter().all(|extension| match extension.parsed_extension() {
         ParsedExtension::AuthorityInfoAccess(access) => {
-            let methods: Vec<_> = access.accessdescs.iter().map(|d| d.access_method.to_id_string()).collect();
-            let known =
-                methods.iter().all(|m| matches!(m.as_str(), "1.3.6.1.5.5.7.48.1" | "1.3.6.1.5.5.7.48.2"));
+            let methods: Vec<_> = access.accessdescs.iter().map(|d| d.access_method.as_bytes()).collect();
+            let known = methods.iter().all(|method| [ACCESS_OCSP, ACCESS_CA_ISSUERS].contains(method));
             let once = methods.iter().enumerate().all(|(index, m)| !methods[..index].contains(m));
             let plain = access
                 .accessdescs
@@ -344,14 +406,14 @@ fn pointers_are_plain(certificate: &X509Certificate<'_>) -> bool {
                 .all(|d| matches!(d.access_location, GeneralName::URI(url) if HttpUrl::parse(url).is_ok()));
             !methods.is_empty() && known && once && plain
         }
-        _ => !is_oid(&extension.oid, AUTHORITY_INFO_ACCESS),
+        _ => extension.oid.as_bytes() != AUTHORITY_INFO_ACCESS,
     })
 }
 
 fn ocsp_pointers(certificate: &X509Certificate<'_>) -> usize {
     let count = |extension: &X509Extension<'_>| match extension.parsed_extension() {
         ParsedExtension::AuthorityInfoAccess(access) => {
-            access.accessdescs.iter().filter(|d| is_oid(&d.access_method, "1.3.6.1.5.5.7.48.1")).count()
+            access.accessdescs.iter().filter(|d| d.access_method.as_bytes() == ACCESS_OCSP).count()
         }
         _ => 0,
     };
@@ -392,7 +454,8 @@ pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
     require(fields && crl.next_update().is_some(), Finding::CrlFields);
     let algorithm = &crl.signature_algorithm;
     let same = *algorithm == crl.tbs_cert_list.signature;
-    require(same && signed_as_its_key_signs(algorithm, &issuer), Finding::SignatureAlgorithm);
+    let key = PublicKey::from_spki_der(issuer.public_key().raw).ok().map(|key| key.algorithm());
+    require(same && signed_as_its_key_signs(algorithm, key), Finding::SignatureAlgorithm);
     require(crl.issuer().as_raw() == issuer.subject().as_raw(), Finding::IssuerName);
     let times = [Some(crl.last_update()), crl.next_update()];
     require(times.iter().flatten().all(time_form), Finding::TimeForm);

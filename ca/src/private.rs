@@ -201,7 +201,7 @@ impl fmt::Debug for LeafKey {
 
 impl rcgen::PublicKeyData for LeafKey {
     fn der_bytes(&self) -> &[u8] {
-        self.0.public.as_rcgen().der_bytes()
+        self.0.public.der_bytes()
     }
 
     fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {

@@ -63,7 +63,7 @@ pub fn vouch_for_root(
     let keys = signer.signer(store);
     let issuer = signer.to_rcgen(&keys).map_err(|error| IssueError::Encode(error.to_string()))?;
     let der = params
-        .signed_by(public.as_rcgen(), &issuer)
+        .signed_by(&public, &issuer)
         .map(|certificate| certificate.der().to_vec())
         .map_err(|error| signing_error(&keys, &error))?;
     check_cross(&der, root_der, signer.certificate_der())?;

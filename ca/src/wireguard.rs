@@ -5,12 +5,13 @@
 
 use der::asn1::OctetStringRef;
 use der::{Decode as _, Encode as _};
+use x509_parser::asn1_rs::oid;
 
 /// 1.3.6.1.4.1.32473.1.1, in the arc for examples (RFC 5612) until the project has a number of its own.
 pub const WIREGUARD_KEYS_OID: [u64; 9] = [1, 3, 6, 1, 4, 1, 32473, 1, 1];
 
-/// The same object identifier as text, as x509-parser and `der` print it.
-pub(crate) const WIREGUARD_KEYS_OID_TEXT: &str = "1.3.6.1.4.1.32473.1.1";
+/// The same object identifier as it stands in DER, without tag and length.
+pub(crate) const WIREGUARD_KEYS_OID_DER: &[u8] = &oid!(raw 1.3.6.1.4.1.32473.1.1);
 
 /// Most keys in one certificate: the current one, and the one before while rotating.
 pub(crate) const WIREGUARD_KEYS_MAX: usize = 2;
