@@ -1,5 +1,6 @@
 //! Identifiers: opaque bytes and numbers with a meaning.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
 
@@ -25,12 +26,31 @@ pub enum IdError {
     Hex { what: &'static str },
 }
 
+/// Numbers that sort as the bytes do.
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word))
+}
+
 macro_rules! byte_id {
     ($(#[$doc:meta])* $name:ident, $length:literal, $what:literal) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[serde(transparent)]
         pub struct $name(#[serde(with = "crate::bytes::array")] pub [u8; $length]);
+
+        /// The order of the bytes, looked at by eight: looking identifiers up is most of what World does.
+        impl Ord for $name {
+            fn cmp(&self, other: &Self) -> Ordering {
+                const { assert!($length % 8 == 0) }
+                words(&self.0).cmp(words(&other.0))
+            }
+        }
+
+        impl PartialOrd for $name {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
 
         impl $name {
             /// The raw bytes.
@@ -133,6 +153,22 @@ mod tests {
         assert_eq!("zz".parse::<Serial>(), Err(IdError::Hex { what: "serial" }));
         let short = IdError::Length { what: "token id", got: 1, want: 8 };
         assert_eq!("00".parse::<TokenId>(), Err(short));
+    }
+
+    #[test]
+    fn ids_sort_as_their_bytes() {
+        let mut bytes = [0x7f; 32];
+        let mut all = vec![bytes];
+        for place in 0..bytes.len() {
+            for value in [0, 0x80, 0xff] {
+                bytes[place] = value;
+                all.push(bytes);
+            }
+            bytes[place] = if place % 3 == 0 { 0x7f } else { 0x80 };
+        }
+        for (left, right) in all.iter().flat_map(|left| all.iter().map(move |right| (left, right))) {
+            assert_eq!(KeyHash(*left).cmp(&KeyHash(*right)), left.cmp(right), "{left:?} {right:?}");
+        }
     }
 
     #[test]

@@ -7,12 +7,14 @@ mod apply;
 mod decide;
 mod index;
 mod shards;
+mod shared;
 mod state;
 pub(crate) mod trust;
 mod wish;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::Ipv6Net;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -55,7 +57,9 @@ struct State {
     /// Indexes of removed nodes: never given again.
     retired: BTreeSet<NodeId>,
     highest_node: u32,
-    certificates: BTreeMap<Serial, CertificateState>,
+    /// Shared with copies of this world: those of a snapshot are made while everybody waits.
+    #[serde(with = "shared")]
+    certificates: BTreeMap<Serial, Arc<CertificateState>>,
     tokens: BTreeMap<TokenId, Token>,
     operators: BTreeMap<OperatorName, Operator>,
     blocked_keys: BTreeSet<KeyHash>,
@@ -274,12 +278,12 @@ impl World {
 /// Certificates, keys and CRLs.
 impl World {
     pub fn certificate(&self, serial: &Serial) -> Option<&CertificateState> {
-        self.state.certificates.get(serial)
+        self.state.certificates.get(serial).map(|certificate| &**certificate)
     }
 
     /// Live certificates, and ended ones that are still needed, by serial.
     pub fn certificates(&self) -> impl Iterator<Item = &CertificateState> {
-        self.state.certificates.values()
+        self.state.certificates.values().map(|certificate| &**certificate)
     }
 
     /// Certificates of a node and its services.

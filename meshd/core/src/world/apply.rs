@@ -1,6 +1,7 @@
 //! `apply`: records become state. Infallible assignment; what a change names and is not there is skipped.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::{
     CertificateState, Enrollment, Identity, Mesh, Node, NodeState, Operation, Operator, Outcome, Stop,
@@ -332,12 +333,13 @@ impl World {
         };
         let domain = self.state.mesh.as_ref().map(|mesh| &mesh.domain);
         self.index.add_certificate(&certificate, domain);
-        self.state.certificates.insert(certificate.serial, certificate);
+        self.state.certificates.insert(certificate.serial, Arc::new(certificate));
     }
 
     /// What is revoked stays so with its first time and reason.
     fn revoke(&mut self, serial: Serial, Moment { seq, at }: Moment, reason: Reason) {
         let Some(certificate) = self.state.certificates.get_mut(&serial) else { return };
+        let certificate = Arc::make_mut(certificate);
         if certificate.revoked.is_none() {
             let revoked = Revocation { at, reason };
             certificate.revoked = Some(revoked);

@@ -1,5 +1,6 @@
 //! Look-ups derived from the state; rebuilt when a snapshot is read.
 
+use std::borrow::{Borrow, Cow};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -77,22 +78,22 @@ impl Index {
             self.serials_by_node.entry(node).or_default().insert(serial);
         }
         for name in names_of(certificate) {
-            self.serials_by_name.entry(name).or_default().insert(serial);
+            under(&mut self.serials_by_name, &*name).insert(serial);
         }
         for label in labels_of(certificate, domain) {
-            self.serials_by_label.entry(label).or_default().insert(serial);
+            under(&mut self.serials_by_label, label).insert(serial);
         }
         self.ends.insert((certificate.not_after, serial));
-        let sizes = self.shard_sizes.entry(certificate.issuer_key_id.clone()).or_default();
+        let sizes = under(&mut self.shard_sizes, &certificate.issuer_key_id);
         *sizes.entry(certificate.shard).or_default() += 1;
         if certificate.profile != PROFILE_OCSP {
-            *self.issued.entry(certificate.issuer_key_id.clone()).or_default() += 1;
+            *under(&mut self.issued, &certificate.issuer_key_id) += 1;
         }
         match certificate.revoked {
             Some(revoked) => self.add_revoked(certificate, revoked),
             None => {
                 let users = self.users_by_key.entry(certificate.key_hash).or_default();
-                *users.entry(certificate.owner.clone()).or_default() += 1;
+                *under(users, &certificate.owner) += 1;
             }
         }
     }
@@ -112,7 +113,7 @@ impl Index {
     }
 
     pub(super) fn add_revoked(&mut self, certificate: &CertificateState, revoked: Revocation) {
-        let shards = self.revoked.entry(certificate.issuer_key_id.clone()).or_default();
+        let shards = under(&mut self.revoked, &certificate.issuer_key_id);
         let listed = Listed { revoked, not_after: certificate.not_after };
         shards.entry(certificate.shard).or_default().insert(certificate.serial, listed);
     }
@@ -124,10 +125,10 @@ impl Index {
             remove_from(&mut self.serials_by_node, &node, serial);
         }
         for name in names_of(certificate) {
-            remove_from(&mut self.serials_by_name, &name, serial);
+            remove_from(&mut self.serials_by_name, &*name, serial);
         }
         for label in labels_of(certificate, domain) {
-            remove_from(&mut self.serials_by_label, &label, serial);
+            remove_from(&mut self.serials_by_label, label, serial);
         }
         self.ends.remove(&(certificate.not_after, *serial));
         if certificate.revoked.is_none() {
@@ -166,18 +167,40 @@ impl Index {
     }
 }
 
-fn names_of(certificate: &CertificateState) -> impl Iterator<Item = String> {
-    let names = certificate.names.iter().map(ToString::to_string);
-    let ips = certificate.ips.iter().map(ToString::to_string);
-    let pair = (!certificate.pair_name.is_empty()).then(|| certificate.pair_name.clone());
-    names.chain(ips).chain(pair)
+fn names_of(certificate: &CertificateState) -> impl Iterator<Item = Cow<'_, str>> {
+    let names = certificate.names.iter().map(|name| name.as_str().into());
+    let ips = certificate.ips.iter().map(|ip| ip.to_string().into());
+    let pair = &certificate.pair_name;
+    let is_new = !pair.is_empty() && certificate.names.iter().all(|name| name.as_str() != pair);
+    names.chain(ips).chain(is_new.then(|| pair.as_str().into()))
 }
 
-fn labels_of(certificate: &CertificateState, domain: Option<&DnsName>) -> impl Iterator<Item = String> {
-    certificate.names.iter().filter_map(move |name| name.label_under(domain?).map(str::to_owned))
+fn labels_of<'a>(
+    certificate: &'a CertificateState,
+    domain: Option<&'a DnsName>,
+) -> impl Iterator<Item = &'a str> {
+    certificate.names.iter().filter_map(move |name| name.label_under(domain?))
 }
 
-fn remove_from<K: Ord>(map: &mut BTreeMap<K, BTreeSet<Serial>>, key: &K, serial: &Serial) {
+/// What is under `key`, an empty one if nothing was. A key of its own is made only for that: most certificates join
+/// others of the same name, owner and issuer.
+fn under<'a, K, Q, V>(map: &'a mut BTreeMap<K, V>, key: &Q) -> &'a mut V
+where
+    K: Ord + Borrow<Q>,
+    Q: Ord + ToOwned<Owned = K> + ?Sized,
+    V: Default,
+{
+    if !map.contains_key(key) {
+        map.insert(key.to_owned(), V::default());
+    }
+    map.get_mut(key).expect("it is there, or was just put there")
+}
+
+fn remove_from<K, Q>(map: &mut BTreeMap<K, BTreeSet<Serial>>, key: &Q, serial: &Serial)
+where
+    K: Ord + Borrow<Q>,
+    Q: Ord + ?Sized,
+{
     if let Some(set) = map.get_mut(key) {
         set.remove(serial);
         if set.is_empty() {

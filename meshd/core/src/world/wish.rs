@@ -211,11 +211,11 @@ impl Judge<'_> {
     /// A name is inside the domain and not the mesh's own, and nobody else's. After that it is the profile's to give.
     fn name(&self, name: &DnsName) -> Result<Rule, Refusal> {
         let owner = self.owner_of(name)?;
-        let text = name.to_string();
+        let text = || name.to_string();
         let Some(node) = self.node else {
             return match owner {
                 Some(owner @ NameOwner::Node(_)) => {
-                    Err(Refusal::NameTaken { name: text, owner: self.world.owner_label(&owner) })
+                    Err(Refusal::NameTaken { name: text(), owner: self.world.owner_label(&owner) })
                 }
                 _ => Ok(Rule::Detached),
             };
@@ -223,20 +223,20 @@ impl Judge<'_> {
         let own = node.name.under(&self.mesh.domain);
         match (owner, self.terms) {
             (Some(owner @ NameOwner::Node(id)), _) if id != node.id => {
-                Err(Refusal::NameTaken { name: text, owner: self.world.owner_label(&owner) })
+                Err(Refusal::NameTaken { name: text(), owner: self.world.owner_label(&owner) })
             }
             (_, Terms::Custom { name: profile_name, profile }) => {
                 let found = profile.gives_name(subject(node), own.as_ref(), name);
                 found.map(|found| given(profile_name, found)).ok_or_else(|| Refusal::NameOutsideProfile {
                     profile: profile_name.clone(),
-                    name: text,
+                    name: text(),
                     node: node.name.clone(),
                 })
             }
             (Some(NameOwner::Node(_)), _) if own.as_ref() == Some(name) => Ok(Rule::OwnName),
             (Some(NameOwner::Node(_)), _) => Ok(Rule::BelowOwnName),
             (Some(NameOwner::Grant), _) => self.granted(node, name),
-            _ => Err(Refusal::NameNotGranted { name: text, node: node.name.clone() }),
+            _ => Err(Refusal::NameNotGranted { name: text(), node: node.name.clone() }),
         }
     }
 
