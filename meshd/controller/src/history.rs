@@ -14,7 +14,7 @@ use prost::Message as _;
 use crate::archive::{Archive, issued};
 use crate::codec::decode_record;
 use crate::directory::{self, Directory};
-use crate::limits::{FOLLOW_PAUSE, INDEX_REST, INDEX_TURN_RECORDS};
+use crate::limits::{FOLLOW_PAUSE, INDEX_PAUSE_MAX, INDEX_REST, INDEX_REST_BUSY, INDEX_TURN_RECORDS};
 use crate::status::Problem;
 
 pub(crate) use inventory::{CertificatePage, Query, Scope, State, is_cursor, state};
@@ -42,7 +42,7 @@ impl History {
     /// Applies new records until shutdown. A failing index costs history, never the controller: it takes a small part of
     /// the processor however many callers come, and falls behind instead. Whoever asks it something brings it up to date first.
     pub(crate) async fn run(&self, shutdown: ShutdownToken) {
-        let (mut head, mut last) = (self.directory.watch(), 0);
+        let (mut head, mut last, mut seen) = (self.directory.watch(), 0, self.directory.head().seq);
         loop {
             head.mark_unchanged();
             let (history, began) = (self.clone(), tokio::time::Instant::now());
@@ -54,9 +54,13 @@ impl History {
                 tracing::error!(%error, "the index could not be brought up to date");
                 last
             });
-            let advanced = std::mem::replace(&mut last, applied) < applied;
-            let pause = FOLLOW_PAUSE.max(began.elapsed() * INDEX_REST);
-            if advanced && applied < self.directory.head().seq {
+            let now = self.directory.head().seq;
+            let came = now.saturating_sub(std::mem::replace(&mut seen, now));
+            let advanced = applied.saturating_sub(std::mem::replace(&mut last, applied));
+            // While more comes than a turn takes up, it would only fall behind at others' cost.
+            let rest = if came > advanced { INDEX_REST_BUSY } else { INDEX_REST };
+            let pause = (began.elapsed() * rest).clamp(FOLLOW_PAUSE, INDEX_PAUSE_MAX);
+            if advanced > 0 && applied < now {
                 tokio::select! {
                     () = shutdown.cancelled() => return,
                     () = tokio::time::sleep(pause) => {}

@@ -118,14 +118,17 @@ pub(crate) const PREPARATIONS_MAX: usize = 256;
 /// Records between two snapshots of World, at least; and how many times as long as the last one took the next one waits,
 /// so that the snapshots of a large World never cost more than this part of the processor.
 pub(crate) const SNAPSHOT_EVERY_RECORDS: u64 = 4_096;
-pub(crate) const SNAPSHOT_REST: u32 = 32;
+pub(crate) const SNAPSHOT_REST: u32 = 63;
 /// How long what follows the journal waits after a change for more of them: the index, the age of CRLs, and the
 /// connections of identities that ended.
 pub(crate) const FOLLOW_PAUSE: Duration = Duration::from_millis(100);
 /// Records that the index takes up in one turn, and how many times as long as a turn took it rests: a fifteenth of
-/// the processor.
+/// the processor, and a hundredth while records come faster than that.
 pub(crate) const INDEX_TURN_RECORDS: usize = 256;
 pub(crate) const INDEX_REST: u32 = 14;
+pub(crate) const INDEX_REST_BUSY: u32 = 99;
+/// It rests no longer than this, also after a turn that had to wait for somebody who was listing.
+pub(crate) const INDEX_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// Records that what follows the journal finds in memory.
 pub(crate) const RECENT_RECORDS_MAX: usize = 4_096;
 
