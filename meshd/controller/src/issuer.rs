@@ -109,7 +109,7 @@ impl Issuing {
         let _permit = self.permits.acquire().await.map_err(|_| Problem::stopping())?;
         let (answer, answered) = oneshot::channel();
         let (failed, failure) = oneshot::channel();
-        let (issuing, writer) = (self.clone(), writer.clone());
+        let (issuing, writer, coming) = (self.clone(), writer.clone(), writer.announce());
         self.signers.spawn(move || {
             let prepared = guarded(|| {
                 let csr = issuing.check_csr(&csr)?;
@@ -122,6 +122,7 @@ impl Issuing {
                 // A caller that has gone needs no answer.
                 let _ = failed.send(problem);
             }
+            drop(coming);
         });
         match answered.await {
             Ok(outcome) => Ok(outcome?),

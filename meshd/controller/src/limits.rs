@@ -109,8 +109,8 @@ pub(crate) const WRONG_SECRET_SOURCES_MAX: usize = 10_000;
 pub(crate) const WRITER_QUEUE_MAX: usize = 1_024;
 /// Commands in one frame.
 pub(crate) const FRAME_COMMANDS_MAX: usize = 256;
-/// How long the writer gathers more commands while many callers keep coming.
-pub(crate) const GATHER_TIME: Duration = Duration::from_millis(2);
+/// How long the writer gathers more commands while others are being prepared, at most.
+pub(crate) const GATHER_TIME: Duration = Duration::from_millis(6);
 /// Rounds of resolving a conflicting or unknown append before a command is given up.
 pub(crate) const APPEND_ROUNDS_MAX: u32 = 8;
 /// Certificates in preparation, and look-ups on disk, at one time.

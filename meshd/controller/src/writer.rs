@@ -5,6 +5,7 @@
 //! it is on disk: not even a refusal, which may rest on a command of the same frame.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use mesh_core::{Actor, Command, Decision, OperationId, Record, Refusal, Request, UtcTime, World};
 use mesh_runtime::{SharedClock, ShutdownToken};
 use mesh_store::{Append, AppendError, EncodedRecord, Head, Journal, ReadError};
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::codec::{CodecError, decode_record, encode_record};
@@ -22,6 +24,8 @@ use crate::limits::{APPEND_ROUNDS_MAX, FRAME_COMMANDS_MAX, GATHER_TIME, WRITER_Q
 const FRAME_BYTES_SOFT_MAX: usize = 4 * 1024 * 1024;
 /// Commands in one frame from which on the writer waits for the longest time for more.
 const CROWD: usize = 9;
+/// How often the writer looks up while it gathers.
+const GATHER_STEPS: u32 = 4;
 
 /// Why a command did not take effect, or may not have.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -88,6 +92,17 @@ struct Job {
 #[derive(Debug, Clone)]
 pub(crate) struct Writer {
     queue: SyncSender<Message>,
+    coming: Arc<AtomicUsize>,
+}
+
+/// A command that is being prepared, for as long as this lives: the writer may wait for it.
+#[derive(Debug)]
+pub(crate) struct Coming(Arc<AtomicUsize>);
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 /// What the thread is made from.
@@ -103,11 +118,19 @@ impl Writer {
     /// Starts the thread. It ends once every [`Writer`] is dropped, or with `fatal`.
     pub(crate) fn start(parts: WriterParts) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (queue, jobs) = sync_channel(WRITER_QUEUE_MAX);
+        let (runtime, coming) = (Handle::try_current().ok(), Arc::default());
+        let writer = Self { queue, coming: Arc::clone(&coming) };
         let thread = std::thread::Builder::new().name("writer".into()).spawn(move || {
             let _guard = FatalOnPanic(parts.fatal.clone());
-            Thread::new(parts).run(&jobs);
+            Thread::new(parts, runtime).run(&jobs, &coming);
         })?;
-        Ok((Self { queue }, thread))
+        Ok((writer, thread))
+    }
+
+    /// Says that a command will come soon, so that others wait for its company.
+    pub(crate) fn announce(&self) -> Coming {
+        self.coming.fetch_add(1, Ordering::Relaxed);
+        Coming(Arc::clone(&self.coming))
     }
 
     /// Runs a command and waits until it is durable.
@@ -153,6 +176,8 @@ struct Thread {
     head: Head,
     /// The last reading of both clocks.
     reading: (UtcTime, Duration),
+    /// Where those who wait for answers run.
+    runtime: Option<Handle>,
 }
 
 /// A writer that has panicked can decide nothing any more: the process has to end.
@@ -185,18 +210,18 @@ enum Flushed {
 }
 
 impl Thread {
-    fn new(parts: WriterParts) -> Self {
+    fn new(parts: WriterParts, runtime: Option<Handle>) -> Self {
         let WriterParts { journal, directory, clock, fatal } = parts;
         let world = directory.read(World::clone);
         let reading = (UtcTime::from(clock.utc_now()), clock.since_boot());
         let head = directory.head();
-        Self { journal, directory, clock, fatal, world, head, reading }
+        Self { journal, directory, clock, fatal, world, head, reading, runtime }
     }
 
-    fn run(mut self, jobs: &Receiver<Message>) {
+    fn run(mut self, jobs: &Receiver<Message>, coming: &AtomicUsize) {
         let mut company = 1;
         while let Ok(Message::Job(first)) = jobs.recv() {
-            let (mut waiting, stopped) = gather(*first, jobs, company);
+            let (mut waiting, stopped) = gather(*first, jobs, company, coming);
             company = waiting.len();
             for round in 0.. {
                 if waiting.is_empty() {
@@ -286,7 +311,7 @@ impl Thread {
 
     fn flush(&mut self, mut frame: Frame) -> Flushed {
         if frame.encoded.is_empty() {
-            frame.answer_all();
+            frame.answer_all(self.runtime.as_ref());
             return Flushed::Durable;
         }
         // Commit point.
@@ -294,7 +319,7 @@ impl Thread {
             Ok(Append::Appended { head }) => {
                 self.head = head;
                 self.directory.publish(std::mem::take(&mut frame.records), head);
-                frame.answer_all();
+                frame.answer_all(self.runtime.as_ref());
                 Flushed::Durable
             }
             Ok(Append::Conflict { head }) => match self.follow(head) {
@@ -357,23 +382,37 @@ enum FollowError {
 }
 
 impl Frame {
-    fn answer_all(self) {
-        self.answers.into_iter().for_each(|(job, outcome)| answer(job, outcome));
+    /// Answers a crowd on the runtime: waking it once costs less than waking it for each of them.
+    fn answer_all(self, runtime: Option<&Handle>) {
+        let answers = self.answers;
+        match runtime.filter(|_| answers.len() > 1) {
+            Some(runtime) => drop(runtime.spawn(async move { answer_each(answers) })),
+            None => answer_each(answers),
+        }
     }
 }
 
 /// Everything that waits, and what comes within a moment that grows with the company the last frame had: each
-/// sync, and each turn of this thread, then serves more callers. A lone caller never waits for company that does not come.
-fn gather(first: Job, jobs: &Receiver<Message>, company: usize) -> (Vec<Job>, bool) {
+/// sync, and each turn of this thread, then serves more callers. A lone caller never waits for company that does not come,
+/// and nobody waits once no other command is being prepared.
+fn gather(first: Job, jobs: &Receiver<Message>, company: usize, coming: &AtomicUsize) -> (Vec<Job>, bool) {
     let mut waiting = vec![first];
-    let stopped = take_waiting(&mut waiting, jobs);
-    let gap = gather_time(waiting.len().max(company));
-    if stopped || gap.is_zero() || waiting.len() >= FRAME_COMMANDS_MAX {
-        return (waiting, stopped);
+    let mut stopped = take_waiting(&mut waiting, jobs);
+    let step = gather_time(waiting.len().max(company)) / GATHER_STEPS;
+    for _ in 0..GATHER_STEPS {
+        if stopped || step.is_zero() || waiting.len() >= FRAME_COMMANDS_MAX {
+            break;
+        }
+        let alone = coming.load(Ordering::Acquire) == 0;
+        if !alone {
+            // Asleep and not at the queue, so that nobody who comes meanwhile has to wake this thread.
+            std::thread::sleep(step);
+        }
+        stopped = take_waiting(&mut waiting, jobs);
+        if alone {
+            break;
+        }
     }
-    // Asleep and not at the queue, so that nobody who comes meanwhile has to wake this thread.
-    std::thread::sleep(gap);
-    let stopped = take_waiting(&mut waiting, jobs);
     (waiting, stopped)
 }
 
@@ -392,6 +431,10 @@ fn take_waiting(waiting: &mut Vec<Job>, jobs: &Receiver<Message>) -> bool {
 /// None for one caller, all of [`GATHER_TIME`] for [`CROWD`] and more.
 fn gather_time(company: usize) -> Duration {
     GATHER_TIME * u32::try_from(company.min(CROWD) - 1).unwrap_or(0) / (CROWD as u32 - 1)
+}
+
+fn answer_each(answers: Vec<(Job, Result<Committed, WriteError>)>) {
+    answers.into_iter().for_each(|(job, outcome)| answer(job, outcome));
 }
 
 /// A caller that no longer waits learns the outcome by repeating its operation id.

@@ -156,6 +156,22 @@ async fn what_waits_while_a_frame_is_synced_becomes_the_next_frame() {
     assert_eq!(fixture.token_count(), 50);
 }
 
+/// A lost count would make every later frame wait for company that never comes.
+#[tokio::test]
+async fn an_announced_command_counts_until_its_preparation_ends_however_it_ends() {
+    let fixture = Fixture::new();
+    let coming = |fixture: &Fixture| fixture.writer.coming.load(Ordering::Acquire);
+    let (sent, refused) = (fixture.writer.announce(), fixture.writer.clone().announce());
+    assert_eq!(coming(&fixture), 2);
+    drop(sent);
+    let panicked = std::thread::spawn(move || {
+        let _refused = refused;
+        panic!("a preparation that panics");
+    });
+    assert!(panicked.join().is_err());
+    assert_eq!(coming(&fixture), 0);
+}
+
 /// A refusal may rest on a command of the same frame; if that one is lost, so is the refusal.
 #[tokio::test]
 async fn a_full_disk_takes_the_whole_frame_back() {
