@@ -10,11 +10,12 @@ use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn};
 use nix::poll::{PollFd, PollTimeout};
 
-use crate::engine::{Shared, count};
+use crate::counters::count;
 use crate::identity::Identity;
 use crate::key::PublicKey;
 use crate::packet::{INITIATION_BYTES, Message};
 use crate::peer::{BUFFER_BYTES, Notes, Outgoing, Peer};
+use crate::shared::Shared;
 use crate::wake::{self, READABLE};
 
 /// Handshake messages that may wait. At 0.25 ms each this is a quarter of a second of work.

@@ -12,14 +12,15 @@ use std::time::Instant;
 use boringtun::noise::TunnResult;
 use nix::poll::{PollFd, PollTimeout};
 
+use crate::counters::{count, count_many};
 use crate::detour::is_virtual;
-use crate::engine::{Shared, count, count_many};
 use crate::housekeeper::Handshake;
 use crate::offload::merge::{Group, Kinds, PACKETS_MAX, Plan};
 use crate::offload::virtio::Header;
 use crate::packet::{self, Message};
 use crate::peer::{BUFFER_BYTES, Notes, Peer, Received as Decrypted};
 use crate::receive::Received;
+use crate::shared::Shared;
 use crate::tun::Tun;
 use crate::udp::Udp;
 use crate::wake::{self, READABLE};

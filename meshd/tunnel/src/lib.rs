@@ -44,10 +44,12 @@ mod peer;
 mod registry;
 mod unreachable;
 
+mod counters;
 mod engine;
 mod housekeeper;
 mod inbound;
 mod outbound;
+mod shared;
 
 mod kernel;
 

@@ -8,11 +8,12 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollTimeout};
 
-use crate::engine::{Shared, count, count_many};
+use crate::counters::{count, count_many};
 use crate::offload::split::Segments;
 use crate::offload::virtio::{HEADER_BYTES, Header};
 use crate::packet::{self, DATA_OVERHEAD, DATAGRAM_MAX};
 use crate::peer::{BUFFER_BYTES, Outgoing, Peer, Sent};
+use crate::shared::Shared;
 use crate::tun::{READ_BYTES, Tun};
 use crate::udp::Udp;
 use crate::unreachable::{self, ANSWER_BYTES, Limit};

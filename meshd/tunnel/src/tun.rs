@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 use nix::libc;
 
-use crate::engine::OffloadCells;
+use crate::counters::OffloadCells;
 use crate::error::TunnelError;
 use crate::offload::virtio::HEADER_BYTES;
 use crate::tunnel::Offloads;

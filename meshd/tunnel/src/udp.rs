@@ -12,8 +12,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::counters::OffloadCells;
 use crate::detour::{SinkCell, is_virtual};
-use crate::engine::OffloadCells;
 use crate::error::TunnelError;
 use crate::tunnel::Offloads;
 use crate::wake;
