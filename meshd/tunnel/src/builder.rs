@@ -82,8 +82,8 @@ impl TunnelBuilder {
         self
     }
 
-    /// Queues of the interface and sockets on the port, each with two threads, 1 to 16 (one up to three cores,
-    /// then one for every two cores, 8 at most). The kernel's engine has its own.
+    /// Queues of the interface and sockets on the port, each with a thread that carries it both ways, 1 to 16 (one
+    /// up to three cores, then one for each core, 8 at most). The kernel's engine has its own.
     pub fn queues(mut self, queues: usize) -> Self {
         self.tuning.queues = Some(queues);
         self

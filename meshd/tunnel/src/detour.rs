@@ -17,7 +17,7 @@ use crate::packet::DATAGRAM_MAX;
 /// RFC 6666 §4. What the other 64 bits and the port mean is the caller's.
 pub const VIRTUAL_NETWORK: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 0), 64);
 
-/// Bytes of datagrams from virtual endpoints that may wait for the inbound thread, with
+/// Bytes of datagrams from virtual endpoints that may wait for the carrier, with
 /// [`DATAGRAM_COST`] for each.
 const WAITING_BYTES_MAX: usize = 1 << 20;
 /// What a waiting datagram costs beside its bytes.
@@ -55,7 +55,7 @@ impl std::fmt::Debug for SinkCell {
     }
 }
 
-/// Datagrams from virtual endpoints on their way to the inbound thread.
+/// Datagrams from virtual endpoints on their way to the carrier.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting(Mutex<Inner>);
 

@@ -2,12 +2,11 @@
 //!
 //! | thread | does |
 //! |---|---|
-//! | outbound | interface → encrypt → socket; the only one that sends a flow's packets, so their order holds |
-//! | inbound | socket → decrypt, check the inner source → interface; passes handshakes on |
+//! | carrier | one queue both ways: interface → encrypt → socket, and socket → decrypt, check the inner source → interface; passes handshakes on |
 //! | housekeeper | handshakes (they cost 0.2 ms each), timers, retries, keepalives |
 //!
-//! On four cores and more there are several queues, each with an outbound and an inbound thread: the kernel
-//! keeps a flow on one queue of the interface and a sender at one socket, so their order holds too.
+//! With more cores there are several queues, each with its carrier: the kernel keeps a flow on one queue of the
+//! interface and a sender at one socket, so the order of a flow's packets holds.
 //!
 //! Calls from outside never send: they change state and wake a thread.
 
@@ -19,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::carrier::Carrier;
 use crate::config::{ALLOWED_IPS_PER_PEER_MAX, PEERS_MAX, PeerConfig, TunnelConfig};
 use crate::counters::{OffloadCells, count};
 use crate::detour::{DatagramSink, SinkCell, is_virtual};
@@ -26,9 +26,7 @@ use crate::error::TunnelError;
 use crate::event::Events;
 use crate::housekeeper::{HANDSHAKES_WAITING_MAX, Housekeeper};
 use crate::identity::{Identities, Identity};
-use crate::inbound::Inbound;
 use crate::key::{PrivateKey, PublicKey};
-use crate::outbound::Outbound;
 use crate::packet;
 use crate::peer::Peer;
 use crate::shared::{Binding, HANDSHAKES_PER_SECOND_MAX, HANDSHAKES_PER_SECOND_PER_PEER, Shared, lock};
@@ -91,11 +89,8 @@ impl Userspace {
         };
         let (pass_on, handshakes) = sync_channel(HANDSHAKES_WAITING_MAX);
         for ((queue, tun), udp) in tuns.into_iter().enumerate().zip(sockets) {
-            let tun = Arc::new(tun);
-            let outbound = Outbound::new(shared.clone(), queue, tun.clone(), udp.clone(), config.mtu);
-            let inbound = Inbound::new(shared.clone(), queue, tun, udp, pass_on.clone());
-            engine.spawn("outbound", move || outbound.run())?;
-            engine.spawn("inbound", move || inbound.run())?;
+            let carrier = Carrier::new(shared.clone(), queue, tun, udp, config.mtu, pass_on.clone());
+            engine.spawn("carrier", move || carrier.run())?;
         }
         let housekeeper = Housekeeper::new(shared, handshakes);
         engine.spawn("housekeeper", move || housekeeper.run())?;
@@ -450,7 +445,7 @@ impl Tunnel for Userspace {
         let taken =
             is_virtual(from) && !self.shared.is_stopped() && self.shared.detoured.push(datagram, from);
         if taken {
-            self.shared.queues[0].inbound.wake();
+            self.shared.queues[0].wake.wake();
         } else {
             count(&self.shared.counters.rx_virtual_dropped);
         }

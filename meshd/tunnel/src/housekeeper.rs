@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn};
-use nix::poll::{PollFd, PollTimeout};
+use nix::poll::PollFd;
 
 use crate::counters::count;
 use crate::identity::Identity;
@@ -68,9 +68,8 @@ impl Housekeeper {
         while !shared.is_stopped() {
             let pause =
                 if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
-            // Rounded up: waking a little early would only spin.
-            let pause = PollTimeout::from((pause.as_micros().div_ceil(1000)) as u16);
-            wake::wait(&mut [PollFd::new(shared.housekeeper.as_fd(), READABLE)], pause)
+            let wake = PollFd::new(shared.housekeeper.as_fd(), READABLE);
+            wake::wait(&mut [wake], wake::rounded_up(pause))
                 .map_err(|error| format!("cannot wait: {error}"))?;
             shared.housekeeper.clear();
             shared.bind_if_asked();

@@ -1,4 +1,4 @@
-//! A userspace WireGuard engine: one TUN interface, many peers, one UDP port, three threads on
+//! A userspace WireGuard engine: one TUN interface, many peers, one UDP port, two threads on
 //! two cores and more on more.
 //!
 //! The crate is a library of its own: it knows nothing of the mesh it was written for, starts no async
@@ -44,17 +44,21 @@ mod peer;
 mod registry;
 mod unreachable;
 
+mod carrier;
 mod counters;
+mod delivery;
 mod engine;
 mod housekeeper;
 mod inbound;
 mod outbound;
+mod outbox;
 mod shared;
 
 mod kernel;
 
 mod quiescence;
 mod receive;
+mod send;
 mod tun;
 mod uapi;
 mod udp;

@@ -71,6 +71,41 @@ pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Which part of a datagram an IP packet is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fragment {
+    /// The whole of it, or we cannot tell.
+    No,
+    /// Any but the last.
+    First,
+    Last,
+}
+
+impl Fragment {
+    /// Of a whole packet (RFC 791 §3.1, RFC 8200 §4.5). Behind other extension headers it is not looked for.
+    pub(crate) fn of(packet: &[u8]) -> Self {
+        let (offset, more) = match packet.first().map(|first| first >> 4) {
+            Some(4) if packet.len() >= 20 => {
+                let field = u16::from_be_bytes([packet[6], packet[7]]);
+                (field & 0x1fff, field & 0x2000 != 0)
+            }
+            Some(6) if packet.len() >= 48 && packet[6] == FRAGMENT_HEADER => {
+                let field = u16::from_be_bytes([packet[42], packet[43]]);
+                (field & 0xfff8, field & 1 != 0)
+            }
+            _ => return Self::No,
+        };
+        match (offset, more) {
+            (_, true) => Self::First,
+            (0, false) => Self::No,
+            (_, false) => Self::Last,
+        }
+    }
+}
+
+/// RFC 8200 §4.5.
+const FRAGMENT_HEADER: u8 = 44;
+
 /// Length an IP packet says it has, bytes, if it has a whole header and says no less than that.
 pub(crate) fn ip_length(packet: &[u8]) -> Option<usize> {
     match packet.first()? >> 4 {
@@ -184,6 +219,33 @@ mod tests {
     }
 
     #[test]
+    fn fragments_are_told_apart() {
+        let table = [
+            (0, Fragment::No),
+            (0x4000, Fragment::No),
+            (0x2000, Fragment::First),
+            (0x20b9, Fragment::First),
+            (0xb9, Fragment::Last),
+        ];
+        for (field, expected) in table {
+            let mut packet = ipv4(28, 28);
+            packet[6..8].copy_from_slice(&u16::to_be_bytes(field));
+            assert_eq!(Fragment::of(&packet), expected, "{field:x}");
+        }
+        for (field, expected) in
+            [(0_u16, Fragment::No), (1, Fragment::First), (0x1009, Fragment::First), (0x1008, Fragment::Last)]
+        {
+            let mut packet = vec![0; 48];
+            (packet[0], packet[6]) = (0x60, FRAGMENT_HEADER);
+            packet[42..44].copy_from_slice(&field.to_be_bytes());
+            assert_eq!(Fragment::of(&packet), expected, "{field:x}");
+            packet[6] = 17;
+            assert_eq!(Fragment::of(&packet), Fragment::No);
+        }
+        assert_eq!(Fragment::of(&[]), Fragment::No);
+    }
+
+    #[test]
     fn padding_stops_at_the_mtu() {
         for (length, expected) in [(0, 0), (1, 16), (16, 16), (1407, 1408), (1409, 1420), (1420, 1420)] {
             assert_eq!(padded(length, 1420), expected);
@@ -230,7 +292,7 @@ mod tests {
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = (Message::parse(&bytes), destination(&bytes), sender_index(&bytes), ip_length(&bytes));
-            let _ = outer_tos(&bytes);
+            let _ = (outer_tos(&bytes), Fragment::of(&bytes));
             set_congested(&mut bytes.clone());
         }
     }

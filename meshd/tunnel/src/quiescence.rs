@@ -1,4 +1,4 @@
-//! Lets a control call wait until the inbound thread has finished the batch it is in.
+//! Lets a control call wait until a carrier has finished the batch it is in.
 //!
 //! That thread holds no lock while it writes to the interface, so a removed peer's packet that is
 //! already decrypted could still be on its way. `wait` returns when no such packet is left.

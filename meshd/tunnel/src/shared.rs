@@ -38,9 +38,9 @@ pub(crate) struct Shared {
     pub(crate) udp: UdpCell,
     /// Takes datagrams that are not WireGuard's.
     pub(crate) foreign: SinkCell,
-    /// What came from virtual endpoints; for the inbound thread.
+    /// What came from virtual endpoints; for the first carrier.
     pub(crate) detoured: Waiting,
-    /// Peers whose waiting packets may go; for the outbound thread.
+    /// Peers whose waiting packets may go; for the first carrier.
     ready: Mutex<Vec<Arc<Peer>>>,
     /// Peers that want a tick before the next one is due; for the housekeeper.
     urgent: Mutex<Vec<Arc<Peer>>>,
@@ -57,17 +57,16 @@ pub(crate) struct Binding {
     pub(crate) answer: SyncSender<Result<Vec<Arc<Udp>>, TunnelError>>,
 }
 
-/// What wakes and watches the two threads of one queue.
+/// What wakes and watches the carrier of one queue.
 pub(crate) struct QueueCells {
-    pub(crate) outbound: Wake,
-    pub(crate) inbound: Wake,
-    /// Whether the inbound thread is inside a batch.
+    pub(crate) wake: Wake,
+    /// Whether it is inside a batch of what came in.
     pub(crate) quiescence: Quiescence,
 }
 
 impl QueueCells {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { outbound: Wake::new()?, inbound: Wake::new()?, quiescence: Quiescence::default() })
+        Ok(Self { wake: Wake::new()?, quiescence: Quiescence::default() })
     }
 }
 
@@ -127,10 +126,7 @@ impl Shared {
     }
 
     pub(crate) fn wake_queues(&self) {
-        for queue in &self.queues {
-            queue.outbound.wake();
-            queue.inbound.wake();
-        }
+        self.queues.iter().for_each(|queue| queue.wake.wake());
     }
 
     /// Returns once no packet is on its way to the interface that was decrypted before the call.
@@ -166,7 +162,7 @@ impl Shared {
         }
         if notes.backlog_ready {
             lock(&self.ready).push(peer.clone());
-            self.queues[0].outbound.wake();
+            self.queues[0].wake.wake();
         }
     }
 

@@ -189,7 +189,7 @@ pub trait Tunnel: Send + Sync {
     fn close(&self);
 }
 
-/// Queues at most; each costs two threads and their buffers.
+/// Queues at most; each costs a thread and its buffers.
 const QUEUES_MAX: usize = 16;
 
 /// What the engine chooses itself if it is not told; see [`TunnelBuilder`](crate::TunnelBuilder).
@@ -207,8 +207,10 @@ impl Default for Tuning {
 
 impl Tuning {
     pub(crate) fn queues(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        self.queues.unwrap_or_else(|| (cores() / 2).min(8)).clamp(1, QUEUES_MAX)
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        // On two or three cores the second thread would only take the time of those whose packets these are.
+        let fitting = if cores < 4 { 1 } else { cores.min(8) };
+        self.queues.unwrap_or(fitting).clamp(1, QUEUES_MAX)
     }
 }
 

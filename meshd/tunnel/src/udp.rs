@@ -1,20 +1,22 @@
 //! The underlay: UDP sockets of both families on one port, a pair for each queue.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::counters::OffloadCells;
 use crate::detour::{SinkCell, is_virtual};
 use crate::error::TunnelError;
+use crate::send::{self, Message};
 use crate::tunnel::Offloads;
 use crate::wake;
 
@@ -23,8 +25,8 @@ use crate::wake;
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 /// How often a free port is looked for that is free in both families.
 const PORT_ATTEMPTS: usize = 32;
-/// Longest wait for room in a full send buffer, ms; then the datagram is lost, as on any network.
-const SEND_WAIT_MS: u16 = 100;
+/// Longest wait for room in a full send buffer; then the datagram is lost, as on any network.
+pub(crate) const SEND_WAIT: Duration = Duration::from_millis(100);
 
 /// What sockets are made from.
 #[derive(Debug, Clone)]
@@ -67,7 +69,7 @@ pub(crate) struct Udp {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     port: u16,
-    offloads: Arc<OffloadCells>,
+    pub(crate) offloads: Arc<OffloadCells>,
     virtual_out: Arc<SinkCell>,
 }
 
@@ -127,79 +129,52 @@ impl Udp {
         std::iter::once(&self.v4).chain(&self.v6)
     }
 
+    /// The socket for datagrams to `to`.
+    pub(crate) fn socket_to(&self, to: SocketAddr) -> Option<&UdpSocket> {
+        if to.is_ipv4() { Some(&self.v4) } else { self.v6.as_ref() }
+    }
+
     /// Sends one datagram with `tos` in its IP header; waits a moment if the send buffer is full.
     pub(crate) fn send(&self, datagram: &[u8], tos: u8, to: SocketAddr) -> io::Result<()> {
-        self.send_segments(datagram, None, (tos, to), SEND_WAIT_MS)
+        match self.send_one(datagram, tos, to) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.wait_for_room(to, SEND_WAIT)?;
+                self.send_one(datagram, tos, to)
+            }
+            result => result,
+        }
     }
 
     /// Sends one datagram, or not if the send buffer is full.
     pub(crate) fn send_now(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        self.send_segments(datagram, None, (0, to), 0)
+        self.send_one(datagram, 0, to)
     }
 
-    /// Sends the datagrams of `size` bytes that `bytes` is made of; the last may be shorter. The number
-    /// of those that the socket refused.
-    pub(crate) fn send_batch(&self, bytes: &[u8], size: usize, tos: u8, to: SocketAddr) -> usize {
-        if bytes.len() > size && self.offloads.udp_gso.load(Ordering::Relaxed) {
-            match self.send_segments(bytes, Some(size as u16), (tos, to), SEND_WAIT_MS) {
-                Ok(()) => return 0,
-                // The device cannot do it after all.
-                Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => {
-                    tracing::warn!(%error, "UDP segmentation switched off");
-                    self.offloads.udp_gso.store(false, Ordering::Relaxed);
-                }
-                // A path with a smaller MTU: the kernel fragments single datagrams, but not these.
-                Err(error) if is_size_error(&error) => {}
-                Err(_) => return bytes.len().div_ceil(size),
-            }
-        }
-        bytes.chunks(size).filter(|datagram| self.send(datagram, tos, to).is_err()).count()
-    }
-
-    fn send_segments(
-        &self,
-        bytes: &[u8],
-        size: Option<u16>,
-        (tos, to): (u8, SocketAddr),
-        wait_ms: u16,
-    ) -> io::Result<()> {
+    fn send_one(&self, bytes: &[u8], tos: u8, to: SocketAddr) -> io::Result<()> {
         if is_virtual(to) {
-            for datagram in bytes.chunks(size.map_or(bytes.len(), usize::from).max(1)) {
-                if !self.virtual_out.give(datagram, to) {
-                    return Err(io::ErrorKind::AddrNotAvailable.into());
-                }
-            }
-            return Ok(());
+            let taken = self.detour(bytes, to);
+            return if taken { Ok(()) } else { Err(io::ErrorKind::AddrNotAvailable.into()) };
         }
-        let class = i32::from(tos);
-        let (socket, service) = match to {
-            SocketAddr::V4(_) => (&self.v4, ControlMessage::Ipv4Tos(&tos)),
-            SocketAddr::V6(_) => {
-                let socket = self.v6.as_ref();
-                let socket = socket.ok_or_else(|| io::Error::from(io::ErrorKind::AddrNotAvailable))?;
-                (socket, ControlMessage::Ipv6TClass(&class))
-            }
-        };
-        let (parts, address) = ([IoSlice::new(bytes)], SockaddrStorage::from(to));
-        // Zero is what the socket does anyway.
-        let all = [size.as_ref().map(ControlMessage::UdpGsoSegments), (tos != 0).then_some(service)];
-        let control: &[ControlMessage<'_>] = match &all {
-            [Some(first), Some(second)] => &[*first, *second],
-            [Some(one), None] | [None, Some(one)] => std::slice::from_ref(one),
-            [None, None] => &[],
-        };
-        let send = || sendmsg(socket.as_raw_fd(), &parts, control, MsgFlags::MSG_DONTWAIT, Some(&address));
-        match send() {
-            Err(Errno::EAGAIN) => {
-                let mut room = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-                wake::wait(&mut room, PollTimeout::from(wait_ms))?;
-                send()?;
-            }
-            result => {
-                result?;
-            }
-        }
-        Ok(())
+        self.send_many(&[Message { bytes, segment: None, tos, to }]).map(drop)
+    }
+
+    /// Hands over a datagram for a virtual endpoint; `false` if nobody takes it.
+    pub(crate) fn detour(&self, datagram: &[u8], to: SocketAddr) -> bool {
+        self.virtual_out.give(datagram, to)
+    }
+
+    /// Sends messages of one family. How many the socket took; an error belongs to the first.
+    pub(crate) fn send_many(&self, messages: &[Message<'_>]) -> io::Result<usize> {
+        let Some(first) = messages.first() else { return Ok(0) };
+        let socket = self.socket_to(first.to).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        send::send(socket, messages)
+    }
+
+    /// Waits until the socket for `to` takes something, but not for ever.
+    pub(crate) fn wait_for_room(&self, to: SocketAddr, limit: Duration) -> io::Result<()> {
+        let Some(socket) = self.socket_to(to) else { return Ok(()) };
+        let mut room = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+        wake::wait(&mut room, wake::rounded_up(limit))
     }
 }
 
@@ -270,7 +245,8 @@ fn enlarge_buffers(socket: &Socket) {
     }
 }
 
-fn is_size_error(error: &io::Error) -> bool {
+/// Whether a message is too long, or has too many segments, for its path.
+pub(crate) fn is_size_error(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(errno, Some(Errno::EMSGSIZE | Errno::EINVAL))
 }

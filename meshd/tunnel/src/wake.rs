@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -42,6 +43,11 @@ pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> io::Result<(
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// A time-out no shorter than `pause`: waking a little early would only spin. At most a minute.
+pub(crate) fn rounded_up(pause: Duration) -> PollTimeout {
+    PollTimeout::from(pause.as_micros().div_ceil(1000).min(60_000) as u16)
 }
 
 /// Whether `fd` has input, an error or a hang-up waiting: a read then says which.

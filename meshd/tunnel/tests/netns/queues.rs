@@ -37,7 +37,7 @@ netns_tests! {
         let to = b.inner_udp();
         let target = to.local_addr().unwrap();
         let flows: Vec<UdpSocket> = (0..8).map(|_| a.inner_udp()).collect();
-        let before = cpu_of("wg-outbound");
+        let before = cpu_of("wg-carrier");
         // Fewer at a time than any buffer holds, so that each must arrive.
         for round in 0..100_u32 {
             for flow in &flows {
@@ -69,8 +69,8 @@ netns_tests! {
             assert_eq!(u32::from_le_bytes(bytes), *expected, "from {from}");
             *expected += 1;
         }
-        // Both ends live in this process: two times four threads. More than one has worked.
-        let after = cpu_of("wg-outbound");
+        // Both ends live in this process: two times four carriers. More than one has worked.
+        let after = cpu_of("wg-carrier");
         assert_eq!(after.len(), 2 * QUEUES);
         let worked = after.iter().filter(|(thread, used)| **used > before[*thread]).count();
         assert!(worked >= 2, "{before:?} {after:?}");
