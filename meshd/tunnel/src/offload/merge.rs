@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::virtio::{GSO_TCP4, GSO_TCP6, GSO_UDP, Header, NEEDS_CHECKSUM};
 use super::{TCP, UDP, be16, be32, checksum, put16, tcp_flags};
+use crate::packet::Fragment;
 
 /// Flows that are open for more at the same time; the longest unused one is closed for another.
 const FLOWS: usize = 16;
@@ -90,6 +91,13 @@ impl Plan {
 
     fn place(&mut self, arena: &[u8], ranges: &[Range<usize>], index: usize, packet: &[u8], kinds: Kinds) {
         let flow = Flow::of(packet);
+        if Fragment::of(packet) != Fragment::No {
+            // Its flow is not known, but must not pass it.
+            let apart = |open: &usize| {
+                addresses(&arena[ranges[self.groups[*open].first].clone()]) != addresses(packet)
+            };
+            self.open.retain(apart);
+        }
         let shape = flow
             .as_ref()
             .and_then(|flow| flow.shape(packet))
@@ -234,6 +242,11 @@ impl Group {
     pub(crate) fn last(&self) -> usize {
         self.last
     }
+}
+
+/// Source and destination of a whole IP packet.
+fn addresses(packet: &[u8]) -> Option<&[u8]> {
+    if packet.first()? >> 4 == 4 { packet.get(12..20) } else { packet.get(8..40) }
 }
 
 /// What a packet is part of: addresses, protocol and ports.
@@ -472,6 +485,25 @@ mod tests {
                 Sample::repair(&mut packets[1]);
             }
             assert_eq!(merge(&packets, true).len(), 2, "{what}");
+        }
+    }
+
+    #[test]
+    fn nothing_of_its_hosts_passes_a_fragment() {
+        for v6 in [false, true] {
+            let (mut sample, mut other) = (Sample::udp(v6, 1), Sample::udp(v6, 2));
+            let mut packets: Vec<_> = (0..3).map(|_| sample.next(100, 0)).collect();
+            if v6 {
+                packets[1][6] = 44;
+                packets[1][43] = 1;
+            } else {
+                packets[1][6] = 0x20;
+            }
+            packets.insert(1, other.next(100, 0));
+            packets.push(other.next(100, 0));
+            let lengths: Vec<_> = merge(&packets, true).iter().map(|(_, packet)| packet.len()).collect();
+            let own = if v6 { 148 } else { 128 };
+            assert_eq!(lengths, [own, own + 100, own, own], "flow 2 is of other hosts");
         }
     }
 
