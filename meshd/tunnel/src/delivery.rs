@@ -8,15 +8,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::counters::{count, count_many};
+use crate::offload::join::Joiner;
 use crate::offload::merge::{Group, Kinds, PACKETS_MAX, Plan};
 use crate::offload::virtio::Header;
-use crate::packet::{self, Message};
+use crate::packet::{self, Fragment, Message};
 use crate::peer::{BUFFER_BYTES, Notes, Peer, Received as Decrypted};
 use crate::shared::Shared;
 use crate::tun::Tun;
 
-/// Decrypted packets that wait to be written, bytes. Twice the largest message.
-const ARENA_BYTES: usize = 2 * BUFFER_BYTES;
+/// Decrypted packets that wait to be written, bytes: three of the largest messages, and as much again for
+/// fragments that are joined. The kernel gives memory only to what is used.
+const WAITING_BYTES: usize = 3 * BUFFER_BYTES;
+const ARENA_BYTES: usize = 2 * WAITING_BYTES;
+/// So much is worth being written, if no fragment waits for the rest of its packet.
+const ENOUGH_BYTES: usize = 64 << 10;
 
 /// From decryption to the interface.
 pub(crate) struct Delivery {
@@ -30,6 +35,9 @@ pub(crate) struct Delivery {
     sources: Vec<IpAddr>,
     /// Whether the datagrams at hand have met congestion on their way.
     pub(crate) congested: bool,
+    /// First fragments whose last may still come.
+    open: usize,
+    joiner: Joiner,
     plan: Plan,
 }
 
@@ -43,6 +51,8 @@ impl Delivery {
             packets: Vec::new(),
             sources: Vec::new(),
             congested: false,
+            open: 0,
+            joiner: Joiner::default(),
             plan: Plan::default(),
         }
     }
@@ -58,7 +68,7 @@ impl Delivery {
         let is_ours = |datagram: &&[u8]| matches!(Message::parse(datagram), Some(Message::Data { receiver }) if receiver >> 8 == peer.index);
         let (first, mut notes) = (self.packets.len(), Notes::default());
         let mut state = peer.lock();
-        while self.arena.len() - self.used >= BUFFER_BYTES {
+        while !self.is_full() {
             let Some(datagram) = datagrams.next_if(is_ours) else { break };
             match state.decrypt((datagram, from), &mut self.arena[self.used..], now, &mut notes) {
                 Decrypted::Packet { length, source } => {
@@ -76,9 +86,18 @@ impl Delivery {
         drop(state);
         self.shared.report(peer, notes);
         self.check(peer, first);
-        if self.arena.len() - self.used < BUFFER_BYTES {
+        if self.is_full() || (self.used >= ENOUGH_BYTES && self.open == 0) {
             self.flush();
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.used + BUFFER_BYTES > WAITING_BYTES
+    }
+
+    /// Whether what waits would be better off with what comes next.
+    pub(crate) fn has_open_fragments(&self) -> bool {
+        self.open > 0
     }
 
     /// Drops those of the packets from `first` on that `peer` may not send.
@@ -98,6 +117,11 @@ impl Delivery {
                 // boringtun has cut the padding, but a length too small for its own header gets through.
                 count(&counters.rx_invalid);
             } else {
+                match Fragment::of(&self.arena[self.packets[index].clone()]) {
+                    Fragment::No => {}
+                    Fragment::First => self.open += 1,
+                    Fragment::Last => self.open = self.open.saturating_sub(1),
+                }
                 self.packets.swap(kept, index);
                 kept += 1;
             }
@@ -108,6 +132,9 @@ impl Delivery {
     /// Writes what waits to the interface.
     pub(crate) fn flush(&mut self) {
         let (tcp, udp) = self.tun.merging();
+        if udp {
+            self.used = self.joiner.join(&mut self.arena, self.used, &mut self.packets);
+        }
         self.plan.make(&self.arena, &self.packets, Kinds { tcp, udp });
         for index in 0..self.plan.groups().len() {
             let group = self.plan.groups()[index];
@@ -116,7 +143,7 @@ impl Delivery {
             }
         }
         self.packets.clear();
-        self.used = 0;
+        (self.used, self.open) = (0, 0);
     }
 
     fn write(&mut self, group: &Group) -> io::Result<()> {

@@ -18,6 +18,9 @@ use crate::shared::Shared;
 use crate::tun::Tun;
 use crate::udp::Udp;
 
+/// Calls at one socket in a turn.
+const CALLS: usize = 2;
+
 pub(crate) struct Inbound {
     shared: Arc<Shared>,
     queue: usize,
@@ -43,16 +46,21 @@ impl Inbound {
         self.udp = udp;
     }
 
-    /// Takes what one call at `socket` brings.
+    /// Takes what one call at `socket` brings, or two if the first ends between the fragments of a packet.
     pub(crate) fn turn(&mut self, socket: &UdpSocket, received: &mut Received) {
-        // An error here belongs to something sent earlier (ICMP); the socket lives on.
-        let Ok(1..) = received.receive(socket) else { return };
         let shared = self.shared.clone();
         let _batch = shared.queues[self.queue].quiescence.begin();
-        let now = Instant::now();
-        for (from, tos, datagrams) in received.messages() {
-            self.delivery.congested = tos & packet::ECN_CE == packet::ECN_CE;
-            self.message(from, datagrams.peekable(), now);
+        for _ in 0..CALLS {
+            // An error here belongs to something sent earlier (ICMP); the socket lives on.
+            let Ok(1..) = received.receive(socket) else { break };
+            let now = Instant::now();
+            for (from, tos, datagrams) in received.messages() {
+                self.delivery.congested = tos & packet::ECN_CE == packet::ECN_CE;
+                self.message(from, datagrams.peekable(), now);
+            }
+            if !self.delivery.has_open_fragments() {
+                break;
+            }
         }
         self.delivery.flush();
     }

@@ -4,6 +4,7 @@
 //! Pure functions on bytes. `split(merge(x)) == x` is a property test.
 
 pub(crate) mod checksum;
+pub(crate) mod join;
 pub(crate) mod merge;
 #[cfg(test)]
 mod sample;

@@ -10,6 +10,7 @@ mod backend;
 mod basic;
 mod congestion;
 mod detour;
+mod fragments;
 mod hostile;
 mod interop;
 mod kernel;
