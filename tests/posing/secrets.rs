@@ -146,6 +146,10 @@ fn stay_where_they_were_born() {
             mesh_ca::LeafKey::from_pkcs8_pem(&fs::read_to_string(out.join("key.pem")).unwrap()).unwrap();
         needles.add_key("the pair's key", &pair.to_pkcs8_der());
 
+        // Running processes replace files while they are looked at.
+        for process in nodes.into_iter().chain([CONTROLLER]) {
+            fleet.processes.stop(process).unwrap();
+        }
         // The control: each key is found in its owner's own file.
         for node in nodes {
             let own = fs::read(fleet.state(node).join("identity.json")).unwrap();
