@@ -16,6 +16,7 @@ import sys
 import tempfile
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.x509 import verification
 
 # What a leaf of each file may do, and a name a client would look for.
@@ -85,10 +86,12 @@ def gnutls(what, leaf, crls, use=None, host=None, expected=True):
 
 
 def pyca(what, leaf, crl, use, host=None, expected=True):
-    """pyca checks chains but no CRLs; those are checked by hand here, by signature and serial."""
+    """pyca checks chains but no CRLs; those are checked by hand here, by signature and serial. It takes no Ed25519 CAs, which the
+    Web's CAs do not have: each of these refusals is expected, so that a change of it shows."""
     load = lambda path: x509.load_pem_x509_certificate(path.read_bytes())
     try:
         certificate, issuer = load(leaf), load(issuing)
+        expected = expected and not isinstance(issuer.public_key(), ed25519.Ed25519PublicKey)
         builder = verification.PolicyBuilder().store(verification.Store([load(root)]))
         if use == CLIENT:
             builder.build_client_verifier().verify(certificate, [issuer])
