@@ -168,10 +168,26 @@ fn update(place: &Place) -> Result<()> {
         }
     }
     let done = command.output().map_err(|error| failed(error.to_string()))?;
-    match done.status.success() {
-        true => Ok(()),
-        false => Err(failed(String::from_utf8_lossy(&done.stderr).trim().to_owned())),
+    if !done.status.success() {
+        return Err(failed(String::from_utf8_lossy(&done.stderr).trim().to_owned()));
     }
+    // With nothing left to trust, Debian 12's script leaves the bundle as it was.
+    let bundle = place.path(STORE).join(BUNDLE);
+    if is_without_links(&place.path(STORE))? {
+        context::replace(&bundle, b"", 0o644).map_err(|error| Failure::file("write", &bundle, &error))?;
+    }
+    Ok(())
+}
+
+/// Whether a store holds no certificate: each is a link to its file.
+fn is_without_links(store: &Path) -> Result<bool> {
+    let failed = |error| Failure::file("read", store, &error);
+    for entry in fs::read_dir(store).map_err(failed)? {
+        if entry.and_then(|entry| entry.file_type()).map_err(failed)?.is_symlink() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// What programs of this machine trust now.
@@ -194,6 +210,8 @@ fn trusted(place: &Place) -> Result<Vec<CertificateDer<'static>>> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
     use super::*;
@@ -232,6 +250,9 @@ mod tests {
         assert!(both.contains(&ours) && both.contains(&other));
         assert!(take(&place, &ours).unwrap() && !take(&place, &ours).unwrap());
         update(&place).unwrap();
-        assert_eq!(trusted(&place).unwrap(), [other], "what others put there stays");
+        assert_eq!(trusted(&place).unwrap(), slice::from_ref(&other), "what others put there stays");
+        assert!(take(&place, &other).unwrap());
+        update(&place).unwrap();
+        assert_eq!(trusted(&place).unwrap(), [], "the last one leaves as well");
     }
 }
