@@ -19,6 +19,7 @@ use webpki::{
 use x509_parser::{
     extensions::{GeneralName, ParsedExtension},
     prelude::{FromDer as _, X509Certificate},
+    revocation_list::CertificateRevocationList,
 };
 
 use super::listing::lines;
@@ -26,7 +27,7 @@ use crate::{
     app::App,
     error::{Exit, Failure, Result},
     output::{Tone, paint},
-    text::{fingerprint, left, now, rfc3339},
+    text::{fingerprint, left, minute, now, rfc3339},
 };
 
 #[derive(Debug, clap::Args)]
@@ -179,9 +180,14 @@ impl Verify {
             body["valid"] = problem.is_none().into();
             body["why"] = problem.clone().into();
             body["revocationChecked"] = (!unchecked).into();
+            body["revocationAsOf"] = oldest_list(&case.crls).and_then(rfc3339).into();
             app.out.document("CertificateVerification", &body);
         } else if problem.is_none() {
-            app.out.line(&format!("{}: good for {}", self.file.display(), left(leaf.not_after, now())));
+            let known = oldest_list(&case.crls)
+                .map(|made| format!("; not revoked by CRLs of {} and later", minute(made)))
+                .unwrap_or_default();
+            let life = left(leaf.not_after, now());
+            app.out.line(&format!("{}: good for {life}{known}", self.file.display()));
         }
         if unchecked {
             app.out.note("revocation was not checked: no crl.pem beside the certificate and no --crl");
@@ -216,6 +222,14 @@ impl Verify {
             .and_then(|text| LeafKey::from_pkcs8_pem(&text).ok());
         Ok(Case { chain: certificates(&self.file)?, roots: certificates(&roots)?, crls, key })
     }
+}
+
+/// When the oldest of these lists was made: what was revoked since, they may not say.
+fn oldest_list(crls: &[Vec<u8>]) -> Option<i64> {
+    let made = |der: &Vec<u8>| {
+        CertificateRevocationList::from_der(der).ok().map(|(_, list)| list.last_update().timestamp())
+    };
+    crls.iter().filter_map(made).min()
 }
 
 /// Why the certificate does not hold, or `None`.
@@ -278,7 +292,34 @@ fn explain(error: &webpki::Error) -> String {
             "crl.pem says nothing about a certificate of its chain".to_owned()
         }
         webpki::Error::CrlExpired { next_update, .. } => format!("crl.pem ended at {}", at(*next_update)),
-        other => other.to_string(),
+        webpki::Error::InvalidCrlSignatureForPublicKey => {
+            "crl.pem was not signed by the CA whose name it bears".to_owned()
+        }
+        webpki::Error::IssuerNotCrlSigner => "a CA in its chain may not sign CRLs".to_owned(),
+        webpki::Error::RequiredEkuNotFoundContext(_) => {
+            "it is neither for servers nor for clients".to_owned()
+        }
+        webpki::Error::NameConstraintViolation => {
+            "it has a name that a CA in its chain may not sign for".to_owned()
+        }
+        webpki::Error::PathLenConstraintViolated => {
+            "a CA in its chain may have no CA below it, and has one".to_owned()
+        }
+        webpki::Error::EndEntityUsedAsCa => "what signed it is no CA".to_owned(),
+        webpki::Error::UnsupportedCriticalExtension => {
+            "it or a CA in its chain has a critical extension that is not known here".to_owned()
+        }
+        webpki::Error::UnsupportedSignatureAlgorithmContext(_)
+        | webpki::Error::UnsupportedSignatureAlgorithmForPublicKeyContext(_)
+        | webpki::Error::UnsupportedCrlSignatureAlgorithmContext(_)
+        | webpki::Error::UnsupportedCrlSignatureAlgorithmForPublicKeyContext(_) => {
+            "something in its chain was signed in a way that is not taken (RSA needs 2048 bits, SHA-1 counts for nothing)".to_owned()
+        }
+        webpki::Error::MaximumPathDepthExceeded
+        | webpki::Error::MaximumPathBuildCallsExceeded
+        | webpki::Error::MaximumSignatureChecksExceeded
+        | webpki::Error::MaximumNameConstraintComparisonsExceeded => "its chain is too long".to_owned(),
+        other => format!("it or something in its chain is malformed: {other}"),
     }
 }
 
@@ -302,7 +343,12 @@ mod tests {
 
     impl Pki {
         fn new() -> Self {
+            Self::named("ours")
+        }
+
+        fn named(name: &str) -> Self {
             let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name.push(rcgen::DnType::CommonName, name);
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
             let root = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -371,6 +417,10 @@ mod tests {
         assert_eq!(pki.verdict(path.clone()), None);
         pki.crl(&[8; 16]);
         assert_eq!(pki.verdict(path.clone()), None);
+        let case = Verify { file: path.clone(), ca: None, crl: None }.read().unwrap();
+        let made = oldest_list(&case.crls).unwrap();
+        assert!((590..=660).contains(&(now() - made)), "it was made ten minutes ago");
+        assert_eq!(oldest_list(&[]), None);
         pki.crl(&[7; 16]);
         assert_eq!(pki.verdict(path).as_deref(), Some("it is revoked"));
     }
@@ -383,8 +433,10 @@ mod tests {
         let path = pki.leaf(OffsetDateTime::now_utc() + Duration::hours(9));
         assert!(pki.verdict(path).unwrap().starts_with("it is not valid before"));
         let path = pki.leaf(soon());
-        fs::write(pki.folder.path().join("ca.pem"), Pki::new().root.pem()).unwrap();
+        fs::write(pki.folder.path().join("ca.pem"), Pki::named("other").root.pem()).unwrap();
         assert!(pki.verdict(path.clone()).unwrap().starts_with("it does not lead to the root"));
+        fs::write(pki.folder.path().join("ca.pem"), Pki::new().root.pem()).unwrap();
+        assert_eq!(pki.verdict(path.clone()).as_deref(), Some("a signature in its chain is wrong"));
         fs::write(pki.folder.path().join("ca.pem"), pki.root.pem()).unwrap();
         fs::write(pki.folder.path().join("key.pem"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert_eq!(pki.verdict(path).as_deref(), Some("key.pem beside it is the key of another certificate"));
@@ -397,13 +449,73 @@ mod tests {
         let path = pki.leaf(soon());
         pki.crl_until(&[8; 16], OffsetDateTime::now_utc() - Duration::minutes(1));
         assert!(pki.verdict(path.clone()).unwrap().starts_with("crl.pem ended at 20"));
-        let other = Pki::new();
-        other.crl(&[8; 16]);
-        fs::copy(other.folder.path().join("crl.pem"), pki.folder.path().join("crl.pem")).unwrap();
-        assert_eq!(
-            pki.verdict(path).as_deref(),
-            Some("crl.pem says nothing about a certificate of its chain")
-        );
+        for (name, why) in [
+            ("other", "crl.pem says nothing about a certificate of its chain"),
+            ("ours", "crl.pem was not signed by the CA whose name it bears"),
+        ] {
+            let other = Pki::named(name);
+            other.crl(&[8; 16]);
+            fs::copy(other.folder.path().join("crl.pem"), pki.folder.path().join("crl.pem")).unwrap();
+            assert_eq!(pki.verdict(path.clone()).as_deref(), Some(why));
+        }
+    }
+
+    /// A CA below another one.
+    fn ca_below(
+        issuer: &CertifiedIssuer<'static, KeyPair>,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> CertifiedIssuer<'static, KeyPair> {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "below");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        change(&mut params);
+        CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), issuer).unwrap()
+    }
+
+    /// Whatever is wrong with the chain is said in a sentence, not by the name of a library's error.
+    #[test]
+    fn each_fault_of_a_chain_is_named() {
+        let leaf = |issuer: &CertifiedIssuer<'static, KeyPair>, usage: ExtendedKeyUsagePurpose| {
+            let mut params = CertificateParams::new(vec!["api.mesh.internal".to_owned()]).unwrap();
+            params.extended_key_usages = vec![usage];
+            (params.not_before, params.not_after) = (soon() - Duration::hours(1), soon());
+            params.signed_by(&KeyPair::generate().unwrap(), issuer).unwrap().pem()
+        };
+        let server = ExtendedKeyUsagePurpose::ServerAuth;
+        let pki = Pki::new();
+        let path = pki.leaf(soon());
+        let said = |texts: &[String]| {
+            fs::write(&path, texts.concat()).unwrap();
+            let _ = fs::remove_file(pki.folder.path().join("key.pem"));
+            pki.verdict(path.clone()).expect("a fault")
+        };
+        // One bit of the signature.
+        let mut changed = certificates(&path).unwrap().remove(0).to_vec();
+        *changed.last_mut().unwrap() ^= 1;
+        assert!(said(&[bundle::encode_certificates([&changed])]).contains("signature in its chain is wrong"));
+        let code = leaf(&pki.root, ExtendedKeyUsagePurpose::CodeSigning);
+        assert_eq!(said(&[code]), "it is neither for servers nor for clients");
+        let last = ca_below(&pki.root, |ca| ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
+        let deeper = ca_below(&last, |ca| ca.distinguished_name.push(rcgen::DnType::CommonName, "deeper"));
+        let texts = [leaf(&deeper, server.clone()), deeper.pem(), last.pem()];
+        assert_eq!(said(&texts), "a CA in its chain may have no CA below it, and has one");
+        let elsewhere = ca_below(&pki.root, |ca| {
+            ca.name_constraints = Some(rcgen::NameConstraints {
+                permitted_subtrees: vec![rcgen::GeneralSubtree::DnsName("example.com".to_owned())],
+                excluded_subtrees: Vec::new(),
+            });
+        });
+        let texts = [leaf(&elsewhere, server.clone()), elsewhere.pem()];
+        assert_eq!(said(&texts), "it has a name that a CA in its chain may not sign for");
+        let no_ca = ca_below(&pki.root, |ca| ca.is_ca = IsCa::ExplicitNoCa);
+        assert_eq!(said(&[leaf(&no_ca, server.clone()), no_ca.pem()]), "what signed it is no CA");
+
+        // Lists by a CA that may sign none, and by one that only bears the name.
+        pki.crl(&[8; 16]);
+        let no_lists = ca_below(&pki.root, |ca| ca.key_usages = vec![KeyUsagePurpose::KeyCertSign]);
+        let texts = [leaf(&no_lists, server.clone()), no_lists.pem()];
+        assert_eq!(said(&texts), "crl.pem says nothing about a certificate of its chain");
     }
 
     #[test]
