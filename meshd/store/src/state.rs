@@ -21,7 +21,19 @@ const OTHERS: u32 = 0o077;
 #[derive(Debug, Clone)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: Arc<File>,
+    _lock: Arc<Lock>,
+}
+
+/// The locked file. Unlocked and not only closed: a child that another thread is about to start holds the open file too,
+/// until it executes its program.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // An error leaves what closing does.
+        let _ = self.0.unlock();
+    }
 }
 
 /// Why the state directory was not opened. Nothing in it was changed.
@@ -81,12 +93,12 @@ impl StateDir {
     }
 }
 
-fn lock(state: &Path) -> Result<File, StateError> {
+fn lock(state: &Path) -> Result<Lock, StateError> {
     let path = state.join(LOCK_FILE);
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.map_err(|source| failed("open", &path, source))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(TryLockError::WouldBlock) => Err(StateError::InUse { path: state.to_owned() }),
         Err(TryLockError::Error(source)) => Err(failed("lock", &path, source)),
     }
@@ -128,5 +140,22 @@ fn failed(attempt: &'static str, path: &Path, source: io::Error) -> StateError {
     match source.kind() {
         io::ErrorKind::ReadOnlyFilesystem => StateError::ReadOnly { path: path.to_owned() },
         _ => StateError::Io { attempt, path: path.to_owned(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_is_being_started_keeps_nothing_locked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let state = StateDir::open(&path).unwrap();
+        // What a child has between fork and exec: the same open file.
+        let of_the_child = state._lock.0.try_clone().unwrap();
+        drop(state);
+        StateDir::open(&path).unwrap();
+        drop(of_the_child);
     }
 }
