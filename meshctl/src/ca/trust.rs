@@ -173,17 +173,17 @@ fn update(place: &Place) -> Result<()> {
     }
     // With nothing left to trust, Debian 12's script leaves the bundle as it was.
     let bundle = place.path(STORE).join(BUNDLE);
-    if is_without_links(&place.path(STORE))? {
+    if is_without_certificates(&place.path(STORE))? {
         context::replace(&bundle, b"", 0o644).map_err(|error| Failure::file("write", &bundle, &error))?;
     }
     Ok(())
 }
 
-/// Whether a store holds no certificate: each is a link to its file.
-fn is_without_links(store: &Path) -> Result<bool> {
+/// Whether a store holds no certificate: each is a link NAME.pem to its file. Links by hash may point to the bundle itself.
+fn is_without_certificates(store: &Path) -> Result<bool> {
     let failed = |error| Failure::file("read", store, &error);
     for entry in fs::read_dir(store).map_err(failed)? {
-        if entry.and_then(|entry| entry.file_type()).map_err(failed)?.is_symlink() {
+        if entry.map_err(failed)?.path().extension().is_some_and(|ending| ending == "pem") {
             return Ok(false);
         }
     }
@@ -251,6 +251,8 @@ mod tests {
         assert!(take(&place, &ours).unwrap() && !take(&place, &ours).unwrap());
         update(&place).unwrap();
         assert_eq!(trusted(&place).unwrap(), slice::from_ref(&other), "what others put there stays");
+        // Made anew with one certificate, the store has a link by hash to the bundle.
+        update(&place).unwrap();
         assert!(take(&place, &other).unwrap());
         update(&place).unwrap();
         assert_eq!(trusted(&place).unwrap(), [], "the last one leaves as well");
