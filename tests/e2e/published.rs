@@ -164,6 +164,9 @@ fn what_certificates_point_to_is_fetched_on_the_mesh_and_beside_it() {
         let log = fleet.processes.log(CONTROLLER);
         assert!(log.contains("does not have the address yet"), "{log}");
         start_hub(&mut fleet);
+        fleet.until("alpha is back at the controller", |fleet| {
+            fleet.controller(&["node", "show", "alpha", "-o", "json"]).json()["connected"] == true
+        });
 
         let pair = fleet.path("alpha").join("tls");
         let out = pair.display().to_string();
