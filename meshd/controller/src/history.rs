@@ -158,6 +158,15 @@ impl History {
         }
     }
 
+    /// Gives back the room that removed entries still take. Blocks.
+    pub(crate) fn compact(&self) {
+        let mut index = self.lock();
+        let Some(index) = index.as_mut() else { return };
+        if let Err(error) = index.compact() {
+            tracing::warn!(error = mesh_runtime::chain(&error), "the index keeps the room it takes");
+        }
+    }
+
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
         self.lock().as_ref().ok_or_else(closed)?.get(table, key).map_err(failed)
     }

@@ -58,6 +58,7 @@ impl Keeper {
         let retention = self.retention.unwrap_or(LISTING_RETENTION);
         let before = UtcTime(now.unix().saturating_sub_unsigned(retention.as_secs()));
         self.history.purge(before);
+        self.history.compact();
         if self.retention.is_some()
             && let Err(error) = self.cut(before)
         {

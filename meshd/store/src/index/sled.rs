@@ -25,14 +25,22 @@ use crate::{
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
 /// Pages reach the kernel at the latest after this time. It is no durability: see the module.
 const FLUSH_EVERY_MILLIS: u64 = 500;
+/// Files this small are not made anew.
+const COMPACT_BYTES_MIN: u64 = 16 * 1024 * 1024;
+/// Files so many percent as large as when they were made anew are made anew again.
+const COMPACT_GROWTH_PERCENT: u64 = 150;
 /// Keys of ours, apart from every table's.
 const META: u8 = 0;
 const APPLIED_KEY: &[u8] = &[META, b'a'];
+/// Bytes that the files took when they were last made anew, a big-endian u64.
+const COMPACTED_KEY: &[u8] = &[META, b'c'];
 const LAYOUT_KEY: &[u8] = &[META, b'v'];
 /// What the tables hold. An index of another layout is made anew from the journal.
 const LAYOUT: u8 = 3;
 /// Name of the folder that an unusable index is moved to; one is kept, for whoever wants to know why.
 const QUARANTINE: &str = "quarantined";
+/// Name of the folder whose entries are copied while the files are made anew.
+const OUTGROWN: &str = "outgrown";
 
 /// What the journal says up to [`applied`](Self::applied), sorted for look-ups.
 ///
@@ -52,6 +60,10 @@ impl Index {
     /// not even that works, as on a full disk, every use fails until [`rebuild`](Self::rebuild) succeeds.
     pub fn open(folder: impl Into<PathBuf>) -> Self {
         let folder = folder.into();
+        // A stop while it was copied: the copy names no applied record yet, and the journal fills it.
+        if let Err(error) = remove_folder(&folder.with_extension(OUTGROWN)) {
+            warn("an outgrown index stays on the disk", &error);
+        }
         match open(&folder) {
             Ok((db, applied)) => Self { folder, db: Some(db), applied, lock: None },
             Err(error) => {
@@ -133,6 +145,54 @@ impl Index {
         self.guarded("write to", |db| db.apply_batch(batch))?;
         self.applied = *head;
         Ok(())
+    }
+
+    /// Makes the files anew from their entries if they are larger than 16 MiB and by half than they were
+    /// when this was done last; says whether it was. sled alone keeps many times what is live, and never
+    /// gives it back. Copies every entry, and takes the room of the copy meanwhile.
+    ///
+    /// # Errors
+    /// The index is as it was, or [`IndexError::Absent`] from now on where not even that can be restored.
+    pub fn compact(&mut self) -> Result<bool, IndexError> {
+        let before = self.bytes()?;
+        let fresh = self.guarded("read from", |db| db.get(COMPACTED_KEY))?;
+        let fresh = fresh.and_then(|bytes| Some(u64::from_be_bytes(bytes.as_ref().try_into().ok()?)));
+        if before <= COMPACT_BYTES_MIN.max(fresh.unwrap_or(0).saturating_mul(COMPACT_GROWTH_PERCENT) / 100) {
+            return Ok(false);
+        }
+        let outgrown = self.folder.with_extension(OUTGROWN);
+        remove_folder(&outgrown)?;
+        rename(&self.folder, &outgrown)?;
+        // sled goes on with the file that it holds, wherever the folder is.
+        match self.guarded("copy", |old| Ok(copy(old, &self.folder))).flatten() {
+            Ok(new) => {
+                let old = self.db.replace(new);
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(old)));
+                if let Err(error) = remove_folder(&outgrown) {
+                    warn("an outgrown index stays on the disk", &error);
+                }
+                tracing::info!(before, after = self.bytes()?, "the index was made anew from its entries");
+                Ok(true)
+            }
+            Err(error) => {
+                if let Err(unrestored) =
+                    remove_folder(&self.folder).and_then(|()| rename(&outgrown, &self.folder))
+                {
+                    warn("the index is lost until it is rebuilt", &unrestored);
+                    let old = self.db.take();
+                    let _ = catch_unwind(AssertUnwindSafe(|| drop(old)));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Bytes of the database's files.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn bytes(&self) -> Result<u64, IndexError> {
+        self.guarded("measure", Db::size_on_disk)
     }
 
     /// The value under `key`.
@@ -237,23 +297,59 @@ fn open(folder: &Path) -> Result<(Db, Head), IndexError> {
     Ok((db, applied))
 }
 
+/// A database in `folder` with the entries of `old`. What has been applied is written last, so that half a
+/// copy is an empty index.
+fn copy(old: &Db, folder: &Path) -> Result<Db, IndexError> {
+    let (new, _) = open(folder)?;
+    guarded("write to", || {
+        for entry in old.iter() {
+            let (key, value) = entry?;
+            if key.first() != Some(&META) {
+                new.insert(key, value)?;
+            }
+        }
+        new.flush()?;
+        let mut batch = Batch::default();
+        batch.insert(COMPACTED_KEY, &new.size_on_disk()?.to_be_bytes());
+        if let Some(applied) = old.get(APPLIED_KEY)? {
+            batch.insert(APPLIED_KEY, applied);
+        }
+        new.apply_batch(batch)?;
+        new.flush()
+    })?;
+    Ok(new)
+}
+
 /// Moves the folder aside, in place of one that was moved aside before.
 fn quarantine(folder: &Path) -> Result<(), IndexError> {
     let aside = folder.with_extension(QUARANTINE);
-    let gone = |result: io::Result<()>| match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    gone(fs::remove_dir_all(&aside)).map_err(|source| IndexError::Io {
+    remove_folder(&aside)?;
+    rename(folder, &aside)
+}
+
+/// Removes a folder if it is there.
+fn remove_folder(folder: &Path) -> Result<(), IndexError> {
+    gone(fs::remove_dir_all(folder)).map_err(|source| IndexError::Io {
         attempt: "remove",
-        path: aside.clone(),
-        source,
-    })?;
-    gone(fs::rename(folder, &aside)).map_err(|source| IndexError::Io {
-        attempt: "rename",
         path: folder.into(),
         source,
     })
+}
+
+/// Renames a folder if it is there.
+fn rename(from: &Path, to: &Path) -> Result<(), IndexError> {
+    gone(fs::rename(from, to)).map_err(|source| IndexError::Io {
+        attempt: "rename",
+        path: from.into(),
+        source,
+    })
+}
+
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 fn guarded<T>(attempt: &'static str, work: impl FnOnce() -> sled::Result<T>) -> Result<T, IndexError> {

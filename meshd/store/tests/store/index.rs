@@ -196,3 +196,58 @@ fn an_index_of_another_journal_is_rebuilt() {
     assert_eq!(dump(&store.index).len(), 40);
     assert_eq!(store.index.applied(), store.journal.head());
 }
+
+/// Most entries go, as a fleet that shrinks leaves: what sled keeps of them goes with the files.
+#[test]
+fn an_outgrown_index_is_made_anew_with_the_same_entries() {
+    const ENTRIES: u64 = 30_000;
+    let parent = tempfile::tempdir().unwrap();
+    let path = parent.path().join("index");
+    let mut index = Index::open(&path);
+    assert!(!index.compact().unwrap(), "there is nothing to gain");
+    // Spread over the tree, as serials are.
+    let key = |number: u64| number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes();
+    let all = |index: &mut Index, op: &dyn Fn(u64) -> Option<IndexOp>| {
+        for first in (1..=ENTRIES).step_by(500) {
+            let ops: Vec<_> = (first..first + 500).filter_map(op).collect();
+            index.apply(&head(first), &ops).unwrap();
+        }
+    };
+    let insert = |number| Some(IndexOp::insert(Table::CertificateBySerial, key(number), [number as u8; 900]));
+    all(&mut index, &insert);
+    all(&mut index, &|number| {
+        let goes = number % 30 > 0;
+        goes.then(|| IndexOp::remove(Table::CertificateBySerial, key(number)))
+    });
+    let before = index.bytes().unwrap();
+    assert!(before > 16 << 20, "{before} bytes");
+    let dump = |index: &Index| {
+        let (mut all, mut after) = (Vec::new(), None);
+        loop {
+            let page = Page { limit: 1000, after, ..Page::default() };
+            let entries = index.page(Table::CertificateBySerial, &page).unwrap();
+            after = entries.last().map(|(key, _)| key.clone());
+            if after.is_none() {
+                return all;
+            }
+            all.extend(entries);
+        }
+    };
+    let (entries, applied) = (dump(&index), index.applied());
+    assert_eq!(entries.len() as u64, ENTRIES / 30);
+    assert!(index.compact().unwrap());
+    let after = index.bytes().unwrap();
+    assert!(after * 4 < before, "{before} bytes before, {after} after");
+    assert!(!index.compact().unwrap(), "it has just been made");
+    assert_eq!((dump(&index), index.applied()), (entries, applied));
+    assert!(!parent.path().join("index.outgrown").exists());
+
+    index.apply(&head(ENTRIES), &[insert(ENTRIES + 1).unwrap()]).unwrap();
+    let (entries, applied) = (dump(&index), index.applied());
+    drop(index);
+    // As a stop during a copy leaves it.
+    fs::create_dir(parent.path().join("index.outgrown")).unwrap();
+    let index = Index::open(&path);
+    assert_eq!((dump(&index), index.applied()), (entries, applied));
+    assert!(!parent.path().join("index.outgrown").exists());
+}
