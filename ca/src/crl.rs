@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use time::UtcDateTime;
+use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{
     DistributionPointName, GeneralName, IssuingDistributionPoint, ParsedExtension,
 };
@@ -19,7 +20,7 @@ use crate::instant::{CLOCK_SKEW_ALLOWANCE, from_asn1, to_offset, whole_seconds};
 use crate::issue::{Issuer, signing_error};
 use crate::keystore::{KeyStore, KeyStoreError};
 use crate::leaf::{KeyIdentifier, parse_certificate, read_extensions};
-use crate::lint::{Finding, lint_crl};
+use crate::lint::{Finding, lint_parsed_crl};
 use crate::pointers::HttpUrl;
 use crate::reason::RevocationReason;
 use crate::serial::SerialNumber;
@@ -157,7 +158,10 @@ pub fn build_crl(issuer: &Issuer, store: &dyn KeyStore, plan: &CrlPlan<'_>) -> R
             crate::issue::IssueError::KeyStore(failure) => CrlError::KeyStore(failure),
             _ => encode(error),
         })?;
-    let read = Crl::parse_verified(&der, issuer.certificate_der())?;
+    // Both checks read one parse of a list that may be long.
+    let signed_by = parse_certificate(issuer.certificate_der()).ok_or(CrlError::NotCrlIssuer)?;
+    let parsed = parse(&der)?;
+    let read = Crl::read_verified(&der, &parsed, &signed_by)?;
     let as_planned = read.number == plan.number
         && read.len() == plan.entries.len()
         && read.url.as_ref() == plan.url
@@ -165,7 +169,7 @@ pub fn build_crl(issuer: &Issuer, store: &dyn KeyStore, plan: &CrlPlan<'_>) -> R
     if !as_planned {
         return Err(CrlError::Encode("CRL does not read back as it was written".to_owned()));
     }
-    match lint_crl(&der, issuer.certificate_der()).into_iter().next() {
+    match lint_parsed_crl(&parsed, &signed_by).into_iter().next() {
         Some(finding) => Err(CrlError::Lint(finding)),
         None => Ok(der),
     }
@@ -209,24 +213,28 @@ impl Crl {
     /// [`CrlError::TooLarge`] past [`CRL_BYTES_MAX`], before anything is read; [`CrlError::OtherIssuer`] if issuer name
     /// or key identifier differ; [`CrlError::Extension`] for delta, indirect, and partitioned CRLs.
     pub fn parse_verified(der: &[u8], issuer_der: &[u8]) -> Result<Self, CrlError> {
-        if der.len() > CRL_BYTES_MAX {
-            return Err(CrlError::TooLarge(der.len()));
-        }
+        let crl = parse(der)?;
         let issuer = parse_certificate(issuer_der).ok_or(CrlError::NotCrlIssuer)?;
-        let issuer_extensions = read_extensions(&issuer).map_err(|_| CrlError::NotCrlIssuer)?;
+        Self::read_verified(der, &crl, &issuer)
+    }
+
+    /// What `crl`, the parsed `der`, says if `issuer` signed it.
+    fn read_verified(
+        der: &[u8],
+        crl: &CertificateRevocationList<'_>,
+        issuer: &X509Certificate<'_>,
+    ) -> Result<Self, CrlError> {
+        let issuer_extensions = read_extensions(issuer).map_err(|_| CrlError::NotCrlIssuer)?;
         if !issuer_extensions.is_ca || !issuer_extensions.crl_sign {
             return Err(CrlError::NotCrlIssuer);
         }
-        let Ok(([], crl)) = CertificateRevocationList::from_der(der) else {
-            return Err(CrlError::Malformed);
-        };
         if crl.issuer().as_raw() != issuer.subject().as_raw() {
             return Err(CrlError::OtherIssuer);
         }
         crl.verify_signature(issuer.public_key()).map_err(|_| CrlError::Signature)?;
         // The second opinion: what rustls makes of it.
         webpki::BorrowedCertRevocationList::from_der(der).map_err(|_| CrlError::Malformed)?;
-        let (issuer_key_id, url, scope) = check_extensions(&crl)?;
+        let (issuer_key_id, url, scope) = check_extensions(crl)?;
         if Some(&issuer_key_id) != issuer_extensions.subject_key_id.as_ref() {
             return Err(CrlError::OtherIssuer);
         }
@@ -237,7 +245,7 @@ impl Crl {
         if next_update <= this_update {
             return Err(CrlError::Updates);
         }
-        let (revoked, foreign) = read_entries(&crl)?;
+        let (revoked, foreign) = read_entries(crl)?;
         Ok(Self { number, this_update, next_update, issuer_key_id, url, scope, revoked, foreign })
     }
 
@@ -298,6 +306,16 @@ impl Crl {
     /// Whether nothing is revoked.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+fn parse(der: &[u8]) -> Result<CertificateRevocationList<'_>, CrlError> {
+    if der.len() > CRL_BYTES_MAX {
+        return Err(CrlError::TooLarge(der.len()));
+    }
+    match CertificateRevocationList::from_der(der) {
+        Ok(([], crl)) => Ok(crl),
+        _ => Err(CrlError::Malformed),
     }
 }
 

@@ -439,11 +439,17 @@ fn crl_address_is_plain(certificate: &X509Certificate<'_>) -> bool {
 
 /// Checks a CRL that `issuer_der` signed; empty if it keeps all rules.
 pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
-    let (Ok(([], crl)), Some(issuer)) =
-        (CertificateRevocationList::from_der(der), parse_certificate(issuer_der))
-    else {
-        return vec![Finding::Unreadable];
-    };
+    match (CertificateRevocationList::from_der(der), parse_certificate(issuer_der)) {
+        (Ok(([], crl)), Some(issuer)) => lint_parsed_crl(&crl, &issuer),
+        _ => vec![Finding::Unreadable],
+    }
+}
+
+/// As [`lint_crl`], of what has been parsed already.
+pub(crate) fn lint_parsed_crl(
+    crl: &CertificateRevocationList<'_>,
+    issuer: &X509Certificate<'_>,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut require = |kept: bool, finding| {
         if !kept {
@@ -462,7 +468,7 @@ pub fn lint_crl(der: &[u8], issuer_der: &[u8]) -> Vec<Finding> {
     require(crl.next_update().is_some_and(|next| next > crl.last_update()), Finding::Validity);
     // An empty SEQUENCE OF would stand between nextUpdate and the extensions; the parser does not tell it from absence.
     require(!has_empty_list(crl.as_raw()), Finding::EmptyList);
-    let issuer_key_id = read_extensions(&issuer).ok().and_then(|extensions| extensions.subject_key_id);
+    let issuer_key_id = read_extensions(issuer).ok().and_then(|extensions| extensions.subject_key_id);
     let authority = crl.extensions().iter().any(|extension| match extension.parsed_extension() {
         ParsedExtension::AuthorityKeyIdentifier(id) => {
             id.key_identifier.as_ref().map(|id| KeyIdentifier::new(id.0)) == issuer_key_id
