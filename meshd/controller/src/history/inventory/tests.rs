@@ -151,19 +151,27 @@ fn a_million_certificates_are_listed_in_a_moment() {
     let folder = tempfile::tempdir().unwrap();
     let mut index = Index::open(folder.path());
     let filling = Instant::now();
-    for first in (0..CERTIFICATES).step_by(500) {
-        // Ten thousand nodes; the ends lie evenly in the 90 days around now.
-        let ops: Vec<IndexOp> = (first..first + 500)
+    // A table at a time in the order of its keys, as the index copies itself: in the order of their serials each entry
+    // would read and write a page of its own.
+    for table in [
+        Table::CertificateBySerial,
+        Table::CertificateByExpiry,
+        Table::CertificateByOwner,
+        Table::CertificateByName,
+    ] {
+        let mut ops: Vec<IndexOp> = (0..CERTIFICATES)
             .flat_map(|n| {
+                // Ten thousand nodes; the ends lie evenly in the 90 days around now.
                 let spread = i64::from(n.wrapping_mul(0x9E37_79B9) >> 9) % (90 * DAY);
-                issued_ops(
-                    "mesh.internal",
-                    u64::from(n) + 1,
-                    &record(n, n % 10_000, NOW.0 - 30 * DAY + spread),
-                )
+                let record = record(n, n % 10_000, NOW.0 - 30 * DAY + spread);
+                issued_ops("mesh.internal", u64::from(n) + 1, &record)
             })
+            .filter(|op| op.table == table)
             .collect();
-        index.apply(&Head { seq: u64::from(first) + 500, hash: [1; 32] }, &ops).unwrap();
+        ops.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        for some in ops.chunks(5_000) {
+            index.apply(&Head { seq: u64::from(CERTIFICATES), hash: [1; 32] }, some).unwrap();
+        }
     }
     println!("filled {CERTIFICATES} in {:.1?}", filling.elapsed());
     let soon = Query { until: Some(UtcTime(NOW.0 + DAY)), limit: PAGE_SIZE_MAX, ..query() };
@@ -197,7 +205,8 @@ fn a_million_certificates_are_listed_in_a_moment() {
         }
         times.sort();
         println!("{what}: {count} in {:.1?} (median of 7; first {:.1?})", times[3], times[6]);
-        if what.starts_with("expiring within 24 h, first") {
+        // All the pages that the command asks for.
+        if what == "expiring within 24 h, all" {
             assert!(times[3] < Duration::from_millis(100), "{:?}", times[3]);
         }
     }
