@@ -148,8 +148,8 @@ impl Index {
     }
 
     /// Makes the files anew from their entries if they are larger than 16 MiB and by half than they were
-    /// when this was done last; says whether it was. sled alone keeps many times what is live, and never
-    /// gives it back. Copies every entry, and takes the room of the copy meanwhile.
+    /// when this was done last; says whether it was. sled alone keeps several times what is live, and gives
+    /// little of it back. Copies every entry, and takes the room of the copy meanwhile.
     ///
     /// # Errors
     /// The index is as it was, or [`IndexError::Absent`] from now on where not even that can be restored.
