@@ -17,7 +17,7 @@ use crate::directory::{self, Directory};
 use crate::limits::{FOLLOW_PAUSE, INDEX_PAUSE_MAX, INDEX_REST, INDEX_REST_BUSY, INDEX_TURN_RECORDS};
 use crate::status::Problem;
 
-pub(crate) use inventory::{CertificatePage, Query, Scope, State, is_cursor, state};
+pub(crate) use inventory::{CertificatePage, Query, Scope, State, find_live, is_cursor, state};
 
 /// Frames whose changes go to the index in one batch.
 const FRAMES_PER_BATCH: usize = 16;
@@ -217,6 +217,11 @@ impl History {
 /// Octets that sort as the number does, negative ones first.
 fn sortable(seconds: i64) -> [u8; 8] {
     (seconds.cast_unsigned() ^ (1 << 63)).to_be_bytes()
+}
+
+/// The number that [`sortable`] made these octets of.
+fn unsortable(octets: [u8; 8]) -> i64 {
+    (u64::from_be_bytes(octets) ^ (1 << 63)).cast_signed()
 }
 
 fn closed() -> Problem {

@@ -14,6 +14,7 @@ mod wish;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use ipnet::Ipv6Net;
@@ -290,6 +291,12 @@ impl World {
     pub fn certificates_of(&self, node: NodeId) -> impl Iterator<Item = &CertificateState> {
         let serials = self.index.serials_by_node.get(&node).into_iter().flatten();
         serials.filter_map(|serial| self.certificate(serial))
+    }
+
+    /// Certificates whose end and serial lie after these, soonest end first.
+    pub fn certificates_by_end(&self, after: (UtcTime, Serial)) -> impl Iterator<Item = &CertificateState> {
+        let later = self.index.ends.range((Bound::Excluded(after), Bound::Unbounded));
+        later.filter_map(|(_, serial)| self.certificate(serial))
     }
 
     /// How many certificates have not ended at `at`. Takes no longer for many: those that ended leave World soon.

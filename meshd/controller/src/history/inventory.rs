@@ -1,16 +1,15 @@
-//! Certificates in the index: found by their end, their owner or a name, and purged when they have ended long ago.
+//! Listings of certificates: those that live out of World, all others out of the index, found by their end, their owner or a
+//! name, and purged when they have ended long ago.
 
-#[cfg(test)]
-use mesh_core::Serial;
-use mesh_core::{CertificateRecord, NodeId, Owner, UtcTime};
+use mesh_core::{CertificateRecord, NodeId, Owner, Serial, UtcTime, World};
 use mesh_proto::v1 as pb;
 use mesh_store::index::VALUE_BYTES_MAX;
 use mesh_store::{Index, IndexError, IndexOp, Order, Page, Table};
 use prost::Message as _;
 
-use super::{REVOKED_SUFFIX, sortable};
+use super::{REVOKED_SUFFIX, sortable, unsortable};
 use crate::limits::{INDEX_SCAN_MAX, PAGE_SIZE_MAX};
-use crate::service::messages::issued_message;
+use crate::service::messages::{issued_message, judged_message};
 
 const SERIAL_BYTES: usize = 16;
 /// Octets of the end and the serial, which every key ends with.
@@ -68,6 +67,11 @@ impl Query {
         }
     }
 
+    /// Whether World knows all that is asked for.
+    pub(crate) fn is_of_all_live(&self) -> bool {
+        self.scope == Scope::All && self.states == [State::Ok]
+    }
+
     /// What has not ended comes soonest end first; a listing with the past in it, latest end first.
     fn order(&self) -> Order {
         if self.states == [State::Ok] { Order::Ascending } else { Order::Descending }
@@ -92,7 +96,11 @@ impl Query {
     fn matches(&self, certificate: &pb::Certificate) -> bool {
         self.states.contains(&state(certificate, self.now))
             && self.until.is_none_or(|until| certificate.not_after <= until.unix())
-            && hex::encode(&certificate.issuer_key_id).starts_with(&self.issuer)
+            && self.is_of_issuer(&certificate.issuer_key_id)
+    }
+
+    fn is_of_issuer(&self, key_id: &[u8]) -> bool {
+        self.issuer.is_empty() || hex::encode(key_id).starts_with(&self.issuer)
     }
 }
 
@@ -103,6 +111,28 @@ pub(crate) fn state(certificate: &pb::Certificate, now: UtcTime) -> State {
         0 => State::Ended,
         _ => State::Revoked,
     }
+}
+
+/// One page of all that is live: World has it in the order that is asked for, so that a listing among a million is not a
+/// thousand look-ups on disk. Looks at no more than [`INDEX_SCAN_MAX`] certificates.
+pub(crate) fn find_live(world: &World, query: &Query) -> CertificatePage {
+    let limit = query.limit.clamp(1, PAGE_SIZE_MAX);
+    let after =
+        query.after.as_deref().and_then(position).unwrap_or((query.now, Serial([0xff; SERIAL_BYTES])));
+    let mut certificates = Vec::new();
+    for (scanned, certificate) in (1..).zip(world.certificates_by_end(after)) {
+        if query.is_past(certificate.not_after.unix()) {
+            break;
+        }
+        if certificate.is_live(query.now) && query.is_of_issuer(&certificate.issuer_key_id.0) {
+            certificates.push(judged_message(world, certificate, query.now));
+        }
+        if certificates.len() == limit || scanned == INDEX_SCAN_MAX {
+            let next = [&sortable(certificate.not_after.unix())[..], &certificate.serial.0].concat();
+            return CertificatePage { certificates, next: Some(next) };
+        }
+    }
+    CertificatePage { certificates, next: None }
 }
 
 /// One page. Looks at no more than [`INDEX_SCAN_MAX`] entries.
@@ -244,10 +274,10 @@ pub(crate) fn is_cursor(bytes: &[u8]) -> bool {
     bytes.len() == TAIL_BYTES
 }
 
-/// The serial that a cursor ends with.
-#[cfg(test)]
-fn serial_of(cursor: &[u8]) -> Option<Serial> {
-    Serial::try_from(&cursor[8..]).ok()
+/// The end and the serial that a cursor stands for.
+fn position(cursor: &[u8]) -> Option<(UtcTime, Serial)> {
+    let (end, serial) = cursor.split_first_chunk()?;
+    Some((UtcTime(unsortable(*end)), Serial::try_from(serial).ok()?))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
 use crate::certify::{Asked, Order};
-use crate::history::{Query, Scope, State, is_cursor, state};
+use crate::history::{CertificatePage, Query, Scope, State, find_live, is_cursor, state};
 use crate::identity::{issuer_ders, root_ders};
 use crate::limits::{ISSUER_DIGITS_MAX, NAMES_PER_CERTIFICATE_MAX, OCSP_SERIALS_MAX, PAGE_SIZE_MAX};
 use crate::parts::Parts;
@@ -115,6 +115,9 @@ impl Parts {
             return Ok(self.list_own(caller, &query));
         }
         let node = request.node.as_str();
+        if node.is_empty() && query.is_of_all_live() {
+            return Ok(message(self.directory.read(|world| find_live(world, &query))));
+        }
         let known = self.directory.read(|world| {
             let name = mesh_core::NodeName::try_from(node).ok()?;
             world.node_by_name(&name).map(|node| node.id)
@@ -145,10 +148,7 @@ impl Parts {
         });
         page.certificates
             .retain(|c| (node.is_empty() || c.owner == node) && query.states.contains(&state(c, query.now)));
-        Ok(pb::ListCertificatesResponse {
-            certificates: page.certificates,
-            next_page_token: page.next.map(hex::encode).unwrap_or_default(),
-        })
+        Ok(message(page))
     }
 
     /// A node sees its own only, and those are few: they are all in World.
@@ -197,6 +197,11 @@ impl Parts {
         let message = message.unwrap_or_else(|| crate::service::messages::issued_message(&domain, &issued));
         Ok(pb::Certificate { leaf: issued.der.into(), ..message })
     }
+}
+
+fn message(page: CertificatePage) -> pb::ListCertificatesResponse {
+    let next_page_token = page.next.map(hex::encode).unwrap_or_default();
+    pb::ListCertificatesResponse { certificates: page.certificates, next_page_token }
 }
 
 /// Operators see all; a node sees its own and its services'.
