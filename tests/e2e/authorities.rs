@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use mesh_lab::transcript::assert_shown;
 use mesh_tests::{Fleet, fleet_test};
 
-use crate::documented;
 use crate::services::Service;
 
 const PAGE: &str = include_str!("../../docs/ca.md");
@@ -95,7 +95,7 @@ fn sign_offline(fleet: &mut Fleet) -> String {
     std::fs::write(&wrong, "wrong horse battery\n").unwrap();
     let seal = ["ca", "seal", "--yes", "--out", &root, "--passphrase-file", &pass];
     let said = fleet.controller(&seal).ok().stdout;
-    documented::shown(PAGE, "meshctl ca seal", &[], &said);
+    assert_shown(PAGE, "meshctl ca seal", &[], &said);
     let file = std::fs::read_to_string(&root).unwrap();
     assert!(file.contains("MESH SEALED KEY") && !file.contains("BEGIN PRIVATE KEY"));
     fleet.controller(&seal).refused("E0902", 2);
@@ -103,7 +103,7 @@ fn sign_offline(fleet: &mut Fleet) -> String {
     assert_eq!(show["roots"][0]["keyOffline"], true);
     fleet.controller(&["ca", "rotate", "start", "--root"]).refused("E0563", 7);
     let said = fleet.controller(&["ca", "rotate", "start", "--request-out", &request]).ok().stdout;
-    documented::shown(PAGE, "meshctl ca rotate start --request-out", &[], &said);
+    assert_shown(PAGE, "meshctl ca rotate start --request-out", &[], &said);
 
     let sign = |pass: &str, request: &str| {
         let files = ["--root", &root, "--passphrase-file", pass, "--request", request, "--out", &answer];
@@ -112,7 +112,7 @@ fn sign_offline(fleet: &mut Fleet) -> String {
     sign(&wrong, &request).refused("E0115", 4);
     sign(&pass, &root).refused("E0566", 7);
     assert!(!Path::new(&answer).exists(), "nothing was signed");
-    documented::shown(PAGE, "meshctl ca sign-issuer", &[], &sign(&pass, &request).ok().stdout);
+    assert_shown(PAGE, "meshctl ca sign-issuer", &[], &sign(&pass, &request).ok().stdout);
     answer
 }
 

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use mesh_lab::testing::drop_privileges;
+use mesh_lab::transcript::assert_shown;
 use mesh_tests::{Ran, binary, run};
 
 const STEPS: [&str; 10] =
@@ -45,22 +46,8 @@ fn passes_as_root_or_as_who_runs_the_tests() {
 fn passes_as_an_ordinary_user_and_looks_as_the_readme_says() {
     let ran = demo(&[], drop_privileges);
     let readme = include_str!("../../README.md");
-    let block = readme.split("$ meshctl demo\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    let shapes = |text: &str| text.lines().map(shape).collect::<Vec<_>>();
-    assert_eq!(shapes(block), shapes(&ran.stdout), "the README's transcript and {ran}");
+    assert_shown(readme, "meshctl demo", &[], &ran.stdout);
     passes(ran);
-}
-
-/// A line without what differs from run to run: numbers, hashes, the width of columns.
-fn shape(line: &str) -> String {
-    let words = line.split_whitespace().map(|word| {
-        if word.starts_with("sha256:") {
-            return "sha256:#".to_owned();
-        }
-        let kept = word.replace(|letter: char| letter.is_ascii_digit() || letter == '.', "#");
-        kept.split('#').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("#")
-    });
-    words.filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 #[test]

@@ -4,7 +4,6 @@ mod authorities;
 mod bad_input;
 mod crash;
 mod demo;
-mod documented;
 mod ends;
 mod enrollment;
 mod hardware;

@@ -5,12 +5,10 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
+use mesh_lab::transcript::assert_shown;
 use mesh_tests::{Fleet, Ran, fleet_test, run};
 
-use crate::{
-    documented,
-    ends::{Haproxy, Postgres},
-};
+use crate::ends::{Haproxy, Postgres};
 
 const POLICY: &str = r#"
 [[allow]]
@@ -233,7 +231,7 @@ fn profiles_are_explained_as_documented(fleet: &mut Fleet) {
     let ask = ["cert", "issue", "--dry-run", "--explain", "db.mesh.internal", "x.mesh.internal"];
     let said =
         fleet.controller(&[&ask[..], &["--profile", "database", "--node", "alpha"]].concat()).exits(4).stdout;
-    documented::shown(page, "meshctl cert issue --dry-run", &[("db-1", "alpha")], &said);
+    assert_shown(page, "meshctl cert issue --dry-run", &[("db-1", "alpha")], &said);
 }
 
 /// A custom profile on a node: asked about, issued with a key of its own, renewed, and refused once the policy is another.

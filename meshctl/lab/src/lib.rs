@@ -20,6 +20,7 @@ mod process;
 mod wait;
 
 pub mod testing;
+pub mod transcript;
 
 pub use error::LabError;
 pub use isolation::{Isolation, check_tun, enter};

@@ -2,7 +2,6 @@
 
 mod agreement;
 mod clocks;
-mod documented;
 mod enrollment;
 mod harness;
 mod imports;

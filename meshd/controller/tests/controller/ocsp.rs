@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use mesh_ca::{OcspStatus, RevocationReason, parse_ocsp_response};
 use mesh_controller::{Publishing, RunConfig};
+use mesh_lab::transcript::assert_shown;
 use mesh_proto::v1 as pb;
 use pb::certificates_client::CertificatesClient;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use x509_parser::prelude::FromDer as _;
 
-use crate::documented;
 use crate::harness::{Identity, Mesh, Node, Running, operation};
+use crate::publishing::PAGE;
 
 pub(crate) const BASE: &str = "http://pki.mesh.internal";
 
@@ -135,7 +136,7 @@ async fn openssl_and_gnutls_believe_the_delegate() {
         assert!(said.contains("cert.pem: revoked") && said.contains("Reason: keyCompromise"), "{said}");
         let shown =
             said.replace(&files.folder.path().display().to_string(), "").replace("/cert.pem", "cert.pem");
-        documented::shown("openssl ocsp", &shown);
+        assert_shown(PAGE, "openssl ocsp", &[], &shown);
     }
     let (_, said) = files.run("ocsptool", &gnutls).await;
     assert!(said.contains("Certificate Status: revoked"), "{said}");

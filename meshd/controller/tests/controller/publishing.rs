@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use mesh_ca::Crl;
 use mesh_controller::{Publishing, RunConfig};
+use mesh_lab::transcript::assert_shown;
 use mesh_proto::v1 as pb;
 use pb::certificates_client::CertificatesClient;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use x509_parser::extensions::{DistributionPointName, GeneralName, ParsedExtension};
 use x509_parser::prelude::FromDer as _;
 
-use crate::documented;
 use crate::harness::{Identity, Mesh, Node, Running, SyncStream, operation, within};
+
+/// What it says is held against what curl and OpenSSL say.
+pub(crate) const PAGE: &str = include_str!("../../../../docs/certificates.md");
 
 const BASE: &str = "http://pki.mesh.internal/mesh";
 
@@ -113,7 +116,7 @@ async fn curl_fetches_what_certificates_point_to_and_nothing_else() {
     let output =
         tokio::task::spawn_blocking(move || command.output().expect("curl is installed")).await.unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    documented::shown("curl -si", &text.lines().take(8).collect::<Vec<_>>().join("\n"));
+    assert_shown(PAGE, "curl -si", &[], &text.lines().take(8).collect::<Vec<_>>().join("\n"));
     for address in &web {
         for path in [path_of(&url), path_of(&url).strip_prefix("/mesh").unwrap()] {
             let answer = curl(*address, path, &[]).await;
