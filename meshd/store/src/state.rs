@@ -152,10 +152,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         let state = StateDir::open(&path).unwrap();
+        assert!(matches!(StateDir::open(&path), Err(StateError::InUse { .. })));
         // What a child has between fork and exec: the same open file.
         let of_the_child = state._lock.0.try_clone().unwrap();
         drop(state);
-        StateDir::open(&path).unwrap();
+        let reopened = StateDir::open(&path);
+        assert!(reopened.is_ok(), "{reopened:?}");
         drop(of_the_child);
     }
 }
