@@ -112,6 +112,15 @@ fn trusted(fleet: &Fleet, pair: &Path) {
     assert_ne!(fleet.meshctl("alpha", &leaf).code, 0);
     assert!(!judged());
 
+    // A folder is meant as seen from where the command is typed, and must be there.
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
+    let relative = format!("{up}{}", root.trim_start_matches('/'));
+    fleet.meshctl("alpha", &["ca", "trust", "install", "--root", &relative, "--ca", &ca]).ok();
+    assert!(judged());
+    assert_eq!((place("remove"), judged()), (true.into(), false));
+    let nowhere = format!("{root}/nowhere");
+    fleet.meshctl("alpha", &["ca", "trust", "install", "--root", &nowhere, "--ca", &ca]).refused("E0102", 6);
+
     // Something of the machine's own takes it out again: that is looked for, not believed.
     let hook = machine.join("etc/ca-certificates/update.d/empty");
     std::fs::write(&hook, format!("#!/bin/sh\n: > {store}\n")).unwrap();

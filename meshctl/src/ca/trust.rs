@@ -47,6 +47,12 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// With the machine's folder as seen from anywhere: update-ca-certificates changes to another one.
+    fn found(self) -> Result<Self> {
+        let root = fs::canonicalize(&self.root).map_err(|error| Failure::file("open", &self.root, &error))?;
+        Ok(Self { root, ..self })
+    }
+
     fn path(&self, below: &str) -> PathBuf {
         self.root.join(below)
     }
@@ -60,9 +66,9 @@ impl Place {
 
 impl Trust {
     pub(crate) async fn run(self, app: &App) -> Result<()> {
-        let (place, install) = match &self {
-            Self::Install(place) => (place, true),
-            Self::Remove(place) => (place, false),
+        let (place, install) = match self {
+            Self::Install(place) => (place.found()?, true),
+            Self::Remove(place) => (place.found()?, false),
         };
         let roots = match &place.ca {
             Some(path) => crate::cert::read_certificates(path)?,
@@ -76,11 +82,11 @@ impl Trust {
         }
         let mut changed = false;
         for root in &roots {
-            changed |= if install { put(place, root)? } else { take(place, root)? };
+            changed |= if install { put(&place, root)? } else { take(&place, root)? };
         }
         // Also when no file changed: the store may have been made anew without it.
-        update(place)?;
-        let trusted = trusted(place)?;
+        update(&place)?;
+        let trusted = trusted(&place)?;
         for root in &roots {
             if trusted.contains(root) != install {
                 let what = if install { "is not" } else { "is still" };
