@@ -214,6 +214,10 @@ impl Show {
 
 /// Serial number of the newest certificate of a name: of the live ones, or else of all.
 async fn newest(app: &App, name: &str) -> Result<Vec<u8>> {
+    if name.is_empty() {
+        // For the controller that is any name.
+        return Err(Failure::usage("a certificate has a name", "take one from `meshctl cert ls`"));
+    }
     let missing = |what: String| Failure::new(ErrorCode::CertificateNotFound, what);
     let path = Path::new(name);
     if path.components().count() > 1
@@ -227,8 +231,12 @@ async fn newest(app: &App, name: &str) -> Result<Vec<u8>> {
         .iter()
         .max_by_key(|one| (one.revoked_at == 0, one.not_before, one.not_after))
         .ok_or_else(|| {
-            missing(format!("no certificate was issued for {name}"))
-                .next("`meshctl cert ls --all` shows all of them")
+            let failure = missing(format!("no certificate was issued for {name}"))
+                .next("`meshctl cert ls --all` shows all of them");
+            match name.bytes().all(|letter| letter.is_ascii_hexdigit()) {
+                true => failure.why("it is no serial number either: those have 32 hexadecimal digits"),
+                false => failure,
+            }
         })?;
     if all.len() > 1 {
         let rest = count(all.len() - 1, "more certificate");
