@@ -316,7 +316,10 @@ fn other_forms_follow_the_pair(fleet: &Fleet) {
     let shown = fleet.controller(&["cert", "show", name]).ok();
     assert!(shown.stdout.contains(name) && shown.stderr.contains("1 more certificate"), "{shown}");
     fleet.controller(&["cert", "show", "nobody.mesh.internal"]).refused("E0520", 6);
-    fleet.controller(&["cert", "show", ""]).refused("E0902", 2);
+    for unset in [&["cert", "show", ""][..], &["cert", "ls", "--name", ""], &["cert", "ls", "--node", ""]] {
+        let refused = fleet.controller(unset).exits(2);
+        assert!(refused.stderr.contains("E0902") && refused.stdout.is_empty(), "{refused}");
+    }
     let short = fleet.controller(&["cert", "show", "00ff"]).refused("E0520", 6);
     assert!(short.stderr.contains("32 hexadecimal digits"), "{short}");
 }

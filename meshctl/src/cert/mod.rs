@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use clap::builder::NonEmptyStringValueParser;
 use mesh_proto::v1::{
     self as pb, ErrorCode, certificates_client::CertificatesClient, local_client::LocalClient,
     revoke_certificate_request::Which,
@@ -59,13 +60,14 @@ pub(crate) struct List {
     #[arg(long, value_name = "TIME")]
     expiring: Option<Span>,
     /// Only those of this node
-    #[arg(long)]
+    // An empty filter, of an unset variable for instance, would be none for the controller.
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     node: Option<String>,
     /// Only those for this DNS name or address, or of the pair of this name
-    #[arg(long)]
+    #[arg(long, value_parser = NonEmptyStringValueParser::new())]
     name: Option<String>,
     /// Only those of the issuing CA whose key id begins with these hexadecimal digits
-    #[arg(long, value_name = "HEX")]
+    #[arg(long, value_name = "HEX", value_parser = NonEmptyStringValueParser::new())]
     issuer: Option<String>,
     /// Only those in this state; ok unless given
     #[arg(long, value_enum, conflicts_with = "all")]
@@ -87,7 +89,7 @@ enum State {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Show {
     /// A serial number, a name (its newest certificate), or a PEM or DER file
-    #[arg(value_name = "SERIAL|NAME|FILE")]
+    #[arg(value_name = "SERIAL|NAME|FILE", value_parser = NonEmptyStringValueParser::new())]
     which: String,
 }
 
@@ -214,10 +216,6 @@ impl Show {
 
 /// Serial number of the newest certificate of a name: of the live ones, or else of all.
 async fn newest(app: &App, name: &str) -> Result<Vec<u8>> {
-    if name.is_empty() {
-        // For the controller that is any name.
-        return Err(Failure::usage("a certificate has a name", "take one from `meshctl cert ls`"));
-    }
     let missing = |what: String| Failure::new(ErrorCode::CertificateNotFound, what);
     let path = Path::new(name);
     if path.components().count() > 1
