@@ -172,14 +172,18 @@ fn stay_where_they_were_born() {
     });
 }
 
-/// Whether `path` is the one file that may hold the secret called `what`.
+/// The files of a node's state that hold its keys: of the identity in use, of the next one until it is proved,
+/// and of the renewal that was under way when the node stopped.
+const IDENTITY_FILES: [&str; 3] = ["identity.json", "identity-next.json", "renewal.json"];
+
+/// Whether `path` is a file that may hold the secret called `what`.
 fn is_at_home(path: &Path, what: &str) -> bool {
     let own_identity = ["alpha", "bravo"].iter().any(|node| {
         let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let key = what.starts_with(&format!("{node}'s TLS key"))
             || what.starts_with(&format!("{node}'s WireGuard key"));
         key && path.parent() == Some(&Path::new(node).join("state"))
-            && ["identity.json", "identity-next.json"].contains(&file)
+            && IDENTITY_FILES.contains(&file)
     });
     // The service's file, and the node's own copy, from which it puts the old pair back when a hook fails.
     let own_pair = what.starts_with("the pair's key")
