@@ -38,6 +38,7 @@ mod upkeep;
 mod web;
 
 mod auth;
+mod coalesce;
 mod connections;
 mod denials;
 mod gate;
