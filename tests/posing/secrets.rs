@@ -182,8 +182,7 @@ fn is_at_home(path: &Path, what: &str) -> bool {
         let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let key = what.starts_with(&format!("{node}'s TLS key"))
             || what.starts_with(&format!("{node}'s WireGuard key"));
-        key && path.parent() == Some(&Path::new(node).join("state"))
-            && IDENTITY_FILES.contains(&file)
+        key && path.parent() == Some(&Path::new(node).join("state")) && IDENTITY_FILES.contains(&file)
     });
     // The service's file, and the node's own copy, from which it puts the old pair back when a hook fails.
     let own_pair = what.starts_with("the pair's key")
