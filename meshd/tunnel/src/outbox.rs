@@ -27,7 +27,7 @@ const LANE_BYTES: usize = 576 << 10;
 const TAILS_BYTES: usize = 64 << 10;
 /// So much is worth a system call: eight of the largest packets that the interface hands over. What a call costs
 /// beside its bytes is mostly whom it wakes: the other host, and through that the program that reads there and so on
-/// back to us. So one long turn costs less than four short ones, and is still over in a millisecond.
+/// back to us. So one long turn costs less than four short ones, and is still over in a millisecond or so.
 const TURN_BYTES: usize = 480 << 10;
 
 /// Whether everything has left.
