@@ -16,12 +16,11 @@ use crate::peer::{BUFFER_BYTES, Notes, Peer, Received as Decrypted};
 use crate::shared::Shared;
 use crate::tun::Tun;
 
-/// Decrypted packets that wait to be written, bytes: three of the largest messages, and as much again for
-/// fragments that are joined. The kernel gives memory only to what is used.
-const WAITING_BYTES: usize = 3 * BUFFER_BYTES;
+/// Decrypted packets that wait to be written, bytes: eight of the largest messages, and as much again for fragments
+/// that are joined. Written in one go, they wake the program that reads them once. The kernel gives memory only to
+/// what is used.
+const WAITING_BYTES: usize = 8 * BUFFER_BYTES;
 const ARENA_BYTES: usize = 2 * WAITING_BYTES;
-/// So much is worth being written, if no fragment waits for the rest of its packet.
-const ENOUGH_BYTES: usize = 64 << 10;
 
 /// From decryption to the interface.
 pub(crate) struct Delivery {
@@ -86,7 +85,7 @@ impl Delivery {
         drop(state);
         self.shared.report(peer, notes);
         self.check(peer, first);
-        if self.is_full() || (self.used >= ENOUGH_BYTES && self.open == 0) {
+        if self.is_full() {
             self.flush();
         }
     }

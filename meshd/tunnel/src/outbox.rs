@@ -22,13 +22,13 @@ const BATCH_DATAGRAMS: usize = 64;
 const BATCHES_MAX: usize = 64;
 /// Bytes of datagrams in one lane before it counts as full. What one read of the interface brings fits behind
 /// [`TURN_BYTES`], unless its segments are very small.
-const LANE_BYTES: usize = 192 << 10;
+const LANE_BYTES: usize = 576 << 10;
 /// The same for last fragments.
 const TAILS_BYTES: usize = 64 << 10;
-/// So much is worth a system call: two of the largest packets that the interface hands over. Each of them is a little
-/// more than a message holds once it is encrypted, so that one alone leaves a message of a few datagrams behind, which
-/// costs both hosts as much as a full one; two share it, and the system call.
-const TURN_BYTES: usize = 112 << 10;
+/// So much is worth a system call: eight of the largest packets that the interface hands over. What a call costs
+/// beside its bytes is mostly whom it wakes: the other host, and through that the program that reads there and so on
+/// back to us. So one long turn costs less than four short ones, and is still over in a millisecond or so.
+const TURN_BYTES: usize = 480 << 10;
 
 /// Whether everything has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,7 +23,7 @@ impl Quiescence {
     }
 
     /// Returns once every batch that was running at the call has ended. Batches are short and never
-    /// block, so this takes microseconds.
+    /// block, so this takes a millisecond or two at most.
     pub(crate) fn wait(&self) {
         let seen = self.0.load(Ordering::SeqCst);
         let mut spins = 0_u32;
