@@ -16,6 +16,11 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let chosen: Vec<String> = std::env::args().skip(1).collect();
+    let known: Vec<&str> = figures::ALL.iter().map(|figure| figure.name).collect();
+    if let Some(unknown) = chosen.iter().find(|name| !known.contains(&name.as_str())) {
+        eprintln!("error: no figure is called {unknown}; there are {}", known.join(", "));
+        return ExitCode::from(2);
+    }
     for figure in figures::ALL {
         if chosen.is_empty() || chosen.iter().any(|name| name == figure.name) {
             println!("{}", figure.title);
