@@ -38,7 +38,6 @@ mod upkeep;
 mod web;
 
 mod auth;
-mod coalesce;
 mod connections;
 mod denials;
 mod gate;

@@ -20,7 +20,6 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
-use crate::coalesce::Coalesced;
 use crate::connections::{Class, Connections, Slot};
 use crate::directory;
 use crate::error::StartupError;
@@ -200,8 +199,7 @@ impl Server {
         let connection = Connection { peer, closing: closing.clone(), leaving: AtomicBool::new(false) };
         let connection = Arc::new(connection);
         let gate = Gate::new(self.routes.clone(), Arc::clone(&connection), Arc::clone(&self.parts));
-        let served = http2_builder()
-            .serve_connection(TokioIo::new(Coalesced::new(stream)), TowerToHyperService::new(gate));
+        let served = http2_builder().serve_connection(TokioIo::new(stream), TowerToHyperService::new(gate));
         let mut served = std::pin::pin!(served);
         tokio::select! {
             ended = served.as_mut() => return log_end(ended),
