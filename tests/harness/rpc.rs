@@ -51,6 +51,13 @@ impl Outcome {
         matches!(self, Self::Denied(_))
     }
 
+    /// The connection ended before there was an answer.
+    pub fn is_cut(&self) -> bool {
+        use std::error::Error as _;
+        let Self::Reached(Err(status)) = self else { return false };
+        status.source().is_some_and(|source| source.is::<tonic::transport::Error>())
+    }
+
     fn of(answer: Result<(), Status>) -> Self {
         use pb::ErrorCode as C;
         let Err(status) = &answer else { return Self::Reached(answer) };
@@ -104,7 +111,7 @@ pub async fn channel(address: SocketAddr, config: ClientConfig) -> Result<Channe
 pub async fn call_empty(channel: &Channel, path: &str) -> Outcome {
     let call = async {
         let mut client = tonic::client::Grpc::new(channel.clone());
-        client.ready().await.map_err(|error| Status::unknown(format!("not ready: {error}")))?;
+        client.ready().await.map_err(|error| Status::from_error(error.into()))?;
         let request = Request::new(tokio_stream::once(pb::Empty {}));
         let codec = ProstCodec::<pb::Empty, pb::Empty>::default();
         let path = path.parse().expect("a path");
