@@ -297,6 +297,7 @@ proptest! {
         prop_assert_eq!(parsed.attributes, attributes);
     }
 
+    /// Nothing is read that does not stand in the answer.
     #[test]
     fn any_answer_is_read_or_refused(bytes in vec(any::<u8>(), 0..300), lengths in vec((0_usize..75, 0_u16..64), 0..12)) {
         let mut bytes = bytes;
@@ -306,8 +307,17 @@ proptest! {
                 place.copy_from_slice(&length.to_ne_bytes());
             }
         }
-        let _ = Snapshot::default().add(&bytes);
-        let _ = family_id(&bytes);
+        let mut snapshot = Snapshot::default();
+        if snapshot.add(&bytes).is_ok() {
+            for peer in &snapshot.peers {
+                prop_assert!(bytes.windows(32).any(|part| part == peer.key.0), "{peer:?}");
+            }
+            let port = snapshot.port.to_ne_bytes();
+            prop_assert!(snapshot.port == 0 || bytes.windows(2).any(|part| part == port));
+        }
+        if let Ok(Some(id)) = family_id(&bytes) {
+            prop_assert!(bytes.windows(2).any(|part| part == id.to_ne_bytes()));
+        }
     }
 }
 
