@@ -12,6 +12,10 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::{Parser as _, error::ErrorKind};
 use failure::Failure;
 
+/// An issuance allocates a thousand times, in one thread what another frees: with this one it costs a tenth less.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     match parsed(std::env::args_os()).and_then(|cli| cli.map_or(Ok(()), role::run)) {
         Ok(()) => ExitCode::SUCCESS,
