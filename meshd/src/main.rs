@@ -12,7 +12,7 @@ use std::{ffi::OsString, process::ExitCode};
 use clap::{Parser as _, error::ErrorKind};
 use failure::Failure;
 
-/// An issuance allocates a thousand times, in one thread what another frees: with this one it costs a tenth less.
+/// An issuance allocates about a thousand times; with this one it costs some 8 % less processor time than with glibc's.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
